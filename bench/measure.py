@@ -1,0 +1,178 @@
+"""Timing, the arithmetic on it, and what it ran on."""
+
+import gc
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+Samples = Mapping[str, Sequence[float]]
+"""For each contender one value per round."""
+
+PACKAGES = (
+    *("httpx", "httpcore", "h11", "httpx2", "httpcore2", "httpx-sse", "openai"),
+    *("pydantic", "sseclient-py", "ollama", "dask", "distributed"),
+)
+
+
+def number(value: float) -> str:
+    """Three digits, which is more than the noise leaves, and no exponent."""
+    if abs(value) < 1_000:
+        return f"{value:.3g}"
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number and its spread, the quartiles over the rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
+
+
+@dataclass
+class Part:
+    """What one part of the suite found.
+
+    `tables` are for people, `data` goes into the results, and `figures` are the
+    numbers, by name, that the rows of `reach.py` look at.
+    """
+
+    tables: list[str] = field(default_factory=list)
+    data: dict[str, object] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """The processor time of one call, in seconds.
+
+    The collection before it keeps one contender's garbage out of another's time.
+    """
+    gc.collect()
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Runs A B C A B C …, so that a slow minute of the machine meets all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warm_up + rounds):
+        for name, run in runs.items():
+            value = run()
+            if number >= warm_up:
+                samples[name].append(value)
+    return samples
+
+
+def spread(values: Sequence[float]) -> Figure:
+    """The median and the quartiles."""
+    if len(values) < 2:
+        return Figure(values[0], values[0], values[0])
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Figure(statistics.median(values), low, high)
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Figure:
+    """The ratio of the medians, with the quartiles of the ratios of each round."""
+    rounds = spread([a / b for a, b in zip(over, under, strict=True)])
+    value = statistics.median(over) / statistics.median(under)
+    return Figure(value, rounds.low, rounds.high)
+
+
+def difference(values: Sequence[float], base: Sequence[float]) -> Figure:
+    """The difference of the medians, with the quartiles of that of each round."""
+    rounds = spread([a - b for a, b in zip(values, base, strict=True)])
+    value = statistics.median(values) - statistics.median(base)
+    return Figure(value, rounds.low, rounds.high)
+
+
+def smallest(figures: Iterable[Figure]) -> Figure:
+    """The figure with the smallest value: the worst of those that should be large."""
+    return min(figures, key=lambda figure: figure.value)
+
+
+def largest(figures: Iterable[Figure]) -> Figure:
+    """The figure with the largest value: the worst of those that should be small."""
+    return max(figures, key=lambda figure: figure.value)
+
+
+def medians(samples: Samples, factor: float = 1) -> dict[str, dict[str, float]]:
+    """Median and quartiles by contender, times `factor`, for the results file."""
+    return {
+        name: asdict(spread([value * factor for value in values]))
+        for name, values in samples.items()
+        if values
+    }
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in plain text, the first column to the left, the others to the right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(["", title, "", text[0], rule, *text[1:]])
+
+
+def freeze_imports() -> None:
+    """Takes what is imported out of the garbage collector's rounds.
+
+    Else each contender would be charged for walking the modules of all others.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def machine() -> dict[str, object]:
+    """Processor, number of cores, system, Python, and how busy it is just now."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "load average": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """The installed version of every package that takes part."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def allow_many_sockets() -> None:
+    """Lets this process open as many files and sockets as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,207 @@
+"""The picture at the top of the README: a real session in a real shell, as SVG.
+
+    $ python bench/terminal.py
+    wrote bench/terminal.svg
+
+Starts local_server.py, gives bash a pseudo-terminal and types SCENE into it. What comes
+back goes through a terminal just large enough for it: lines, columns and the colours
+that were really sent. Look at the picture before you commit it: the model is small.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from fcntl import ioctl
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COLUMNS, ROWS = 80, 24
+PORT = 8080  # the one that llama.cpp's server has by default
+STEP_TIMEOUT = 120  # seconds; the answers take about one
+
+# A model this small does not reason by itself: a grammar, one of llama.cpp's own
+# options, makes it say one sentence between the marks before it answers.
+GRAMMAR = r'root ::= "<think>" [^<.\n]+ ".</think>The answer" [^.\n]+ ".\n"'
+
+SHELL, CHAT = r"\$ $", r">>> $"
+# What the end of the output must look like, and what is typed then.
+SCENE = [
+    (SHELL, "export OPENAI_BASE_URL={url}\n"),
+    (SHELL, 'python sse_chat.py --usage -o temperature=0 "Capital of France?"\n'),
+    (SHELL, 'echo "How many days are in a week?" | python sse_chat.py \\\n'),
+    (r"> $", '-o temperature=0 -o grammar="$(cat think.gbnf)" > answer.txt\n'),
+    (SHELL, "cat answer.txt\n"),
+    (SHELL, "python sse_chat.py -o temperature=0\n"),
+    (CHAT, "What is the capital of Japan?\n"),
+    (CHAT, "And of Spain?\n"),
+    (CHAT, "Tell me a story.\n"),
+    (r"story\.\r\n(?s:.{50,})", "\x03"),
+    (CHAT, "And of Egypt?\n"),
+    (CHAT, "/bye\n"),
+    (SHELL, ""),
+]
+
+# By SGR number: dim is the program's, green that of the prompt below.
+STYLES = {"2": "dim", "32": "green"}
+ESCAPE = re.compile(r"\x1b\[([0-?]*)[ -/]*([@-~])|\x1b\][^\x07]*\x07|\x1b[=>]")
+
+CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 9, 21, 15
+LEFT, TOP = 40, 64
+SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
+width="{width}" height="{height}" role="img">
+<title>sse_chat.py in a terminal</title>
+<style>
+text {{ font: {size}px ui-monospace, SFMono-Regular, Menlo, Consolas,
+  "DejaVu Sans Mono", monospace; fill: #e6edf3; white-space: pre }}
+.dim {{ fill: #8d96a0 }}
+.green {{ fill: #56d364 }}
+</style>
+<rect x="0.5" y="0.5" width="{inner_width}" height="{inner_height}" rx="10" \
+fill="#161b22" stroke="#444c56"/>
+<circle cx="24" cy="22" r="6" fill="#ff5f57"/>
+<circle cx="44" cy="22" r="6" fill="#febc2e"/>
+<circle cx="64" cy="22" r="6" fill="#28c840"/>
+{lines}
+</svg>
+"""
+
+Line = list[tuple[str, str]]  # a character and its style
+
+
+def play(url: str, folder: Path) -> str:
+    """Type the scene into a shell that starts in `folder`; give all it printed."""
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": os.environ["HOME"],
+        "HISTFILE": str(folder / "history"),
+        "INPUTRC": os.devnull,
+        "LANG": "C.UTF-8",
+        "TERM": "xterm-256color",
+        "PS1": r"\[\e[32m\]$\[\e[0m\] ",
+    }
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        os.execvpe("bash", ["bash", "--noprofile", "--norc"], environment)
+    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
+    try:
+        whole = ""
+        for wanted, typed in SCENE:
+            whole += read_until(wanted, terminal)
+            os.write(terminal, typed.format(url=url).encode())
+        return whole
+    finally:
+        os.close(terminal)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def read_until(wanted: str, terminal: int) -> str:
+    """Read what the shell prints until it matches, colours aside."""
+    output, deadline = b"", time.monotonic() + STEP_TIMEOUT
+    while True:
+        text = output.decode(errors="ignore")
+        if re.search(wanted, ESCAPE.sub("", text)):
+            return text
+        left = max(0, deadline - time.monotonic())
+        if not select.select([terminal], [], [], left)[0]:
+            sys.exit(f"terminal: no {wanted!r} came, but {text!r}")
+        output += os.read(terminal, 65536)
+
+
+def emulate(output: str) -> list[Line]:
+    """Give the lines as they stand at the end, those scrolled away too."""
+    lines: list[Line] = [[]]
+    column, style, at = 0, "", 0
+    while at < len(output):
+        if found := ESCAPE.match(output, at):
+            at = found.end()
+            if found[2] == "m":
+                style = STYLES.get(found[1], "")
+            elif found[2] == "K":  # to the end of the line
+                del lines[-1][column:]
+            continue
+        character = output[at]
+        at += 1
+        if character == "\n":
+            lines.append([])
+        elif character == "\r":
+            column = 0
+        elif character == "\b":
+            column -= 1
+        elif character >= " ":
+            if column == COLUMNS:
+                lines.append([])
+                column = 0
+            line = lines[-1]
+            line += [(" ", "")] * (column - len(line))
+            line[column : column + 1] = [(character, style)]
+            column += 1
+    return lines
+
+
+def draw(lines: list[Line]) -> str:
+    height = TOP + LINE_HEIGHT * len(lines)
+    width = 2 * LEFT + CELL_WIDTH * COLUMNS
+    return SVG.format(
+        width=width,
+        height=height,
+        inner_width=width - 1,
+        inner_height=height - 1,
+        size=FONT_SIZE,
+        lines="\n".join(
+            f'<text x="{LEFT}" y="{TOP + LINE_HEIGHT * row}" xml:space="preserve">'
+            f"{spans(line)}</text>"
+            for row, line in enumerate(lines)
+            if line
+        ),
+    )
+
+
+def spans(line: Line) -> str:
+    """One <tspan> for each run of one style."""
+    parts = []
+    for style, cells in groupby(line, key=lambda cell: cell[1]):
+        text = escape("".join(character for character, _ in cells), quote=False)
+        parts.append(f'<tspan class="{style}">{text}</tspan>' if style else text)
+    return "".join(parts)
+
+
+def main() -> None:
+    command = [sys.executable, str(HERE / "local_server.py"), "--with-parent"]
+    command += ["--port", str(PORT)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            if not url:
+                sys.exit("terminal: the server did not start")
+            shutil.copy(HERE.parent / "sse_chat.py", folder)
+            Path(folder, "think.gbnf").write_text(GRAMMAR)
+            output = play(url, Path(folder))
+        finally:
+            server.terminate()
+    picture = HERE / "terminal.svg"
+    picture.write_text(draw(emulate(output)), encoding="utf-8")
+    print(f"wrote {os.path.relpath(picture)}")
+
+
+if __name__ == "__main__":
+    main()
