@@ -38,6 +38,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -1217,7 +1218,7 @@ class _AnswerDecoder:
         self._first_token_timeout = first_token_timeout
         self._content_type = headers.get("content-type", "")
         self._read_timeout = read_timeout
-        encoding = headers.get("content-encoding", "identity")
+        encoding = headers.get("content-encoding", "identity").strip().lower()
         self._inflater = None if encoding == "identity" else _Inflater(encoding)
 
     @property
@@ -1303,15 +1304,15 @@ class _AnswerDecoder:
         told = event.event == "error"
         try:
             payload = _parse_json(data)
-            if told or payload.__class__ is not dict or not payload.get("choices"):
+            if told or type(payload) is not dict or not payload.get("choices"):
                 self._check(payload, told, data)
-            elif payload.get("error"):  # OpenRouter sends choices beside it
-                raise self._reported(data)
             chunk = ChatCompletionChunk._build(payload)
+            self._answer.add(chunk)
+            if payload.get("error"):  # OpenRouter sends choices beside it
+                raise self._reported(data)
             for choice in chunk.choices:
                 if choice.finish_reason == "error":
                     raise self._reported(data)
-            self._answer.add(chunk)
         except (ValueError, RecursionError) as error:
             if not data or data.isspace():
                 return None
@@ -1574,7 +1575,8 @@ class _Request:
         self.max_retries = max_retries
         self.max_event_bytes = max_event_bytes
         self.client = client
-        named: Json = {"model": model or os.environ.get("OPENAI_MODEL") or None}
+        model = model or os.environ.get("OPENAI_MODEL", "").strip() or None
+        named: Json = {"model": model}
         named |= {"messages": _messages(messages, system), "stream": True} | params
         self.body = {name: value for name, value in named.items() if value is not None}
         self.content()  # what cannot be sent raises here, not at the first chunk
@@ -1707,7 +1709,8 @@ def _endpoint(base_url: str | None) -> tuple[str, str, str]:
     except ValueError:  # its words may hold a piece of a password
         example = "http://localhost:11434/v1"
         raise ValueError(f"base_url is no URL; one looks like {example}") from None
-    login, _, host = parts.netloc.rpartition("@")
+    login, at, host = parts.netloc.rpartition("@")
+    login += ":" if at and ":" not in login else ""
     path = parts.path.rstrip("/") or "/v1"
     path = path.removesuffix("/chat/completions") + "/chat/completions"
     url = parts._replace(netloc=host, path=path, fragment="").geturl()
@@ -1747,7 +1750,8 @@ def _headers(
     secrets = [
         value.rpartition(" ")[2] for k, value in made.items() if secret.search(k)
     ]
-    return made, [s for s in (*secrets, login.partition(":")[2]) if s]
+    user, _, password = login.partition(":")
+    return made, [s for s in (*secrets, password or user) if s]
 
 
 def _timeouts(timeout: float | httpx.Timeout | None) -> dict[str, float | None]:
@@ -1869,19 +1873,58 @@ def _spawner() -> Callable[[Callable[[], Coroutine[Any, Any, None]]], Any]:
     trio = _running_trio()
     if trio is not None:
         token = trio.lowlevel.current_trio_token()
-        return lambda job: token.run_sync_soon(trio.lowlevel.spawn_system_task, job)
+        here, spawn = trio.lowlevel.in_trio_run, trio.lowlevel.spawn_system_task
+
+        def spawn_soon(job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+            with suppress(RuntimeError):  # the run is over
+                spawn(job)
+
+        return lambda job: (
+            spawn_soon(job) if here() else token.run_sync_soon(spawn_soon, job)
+        )
 
     import asyncio
 
     loop = asyncio.get_running_loop()
 
-    def spawn(job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def start(job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if asyncio._get_running_loop() is loop:  # at once: it may be about to end
             loop.create_task(job())  # noqa: RUF006 - the loop refers to what it waits for
         else:
             loop.call_soon_threadsafe(lambda: loop.create_task(job()))
 
-    return spawn
+    return start
+
+
+async def _aclose(response: Any, reads: Any, client: Any) -> None:
+    try:
+        if response is not None and not response.is_closed:
+            if _shut(response) and _running_trio():
+                # httpx reads through generators, and trio warns of any that is dropped
+                # before its end: now that the connection is shut, that comes at once.
+                with suppress(Exception):
+                    while True:
+                        await reads.__anext__()
+            await response.aclose()
+    finally:
+        if client is not None:
+            await client.aclose()
+
+
+def _abandon(
+    spawn: Callable[[Any], Any], response: Any, reads: Any, client: Any, timer: Any
+) -> None:
+    """Close what a stream held that was let go of."""
+
+    async def close() -> None:
+        with suppress(Exception):
+            await _aclose(response, reads, client)
+
+    if timer is not None:
+        timer.cancel()
+    _shut(response)
+    with suppress(RuntimeError):  # the event loop is gone, and all with it
+        spawn(close)
 
 
 def _tracer(phases: list[str]) -> Callable[[str, Any], None]:
@@ -1949,6 +1992,9 @@ class _Stream:
         if self._timer is not None:
             self._timer.cancel()
         return closed
+
+    def _owned_client(self) -> Any:
+        return self._client if self._request.client is None else None
 
     def _must_drain(self) -> bool:
         return not (self._closed or self.response.is_closed)
@@ -2080,8 +2126,8 @@ class ChatStream(_Stream):
         try:
             self._release()
         finally:
-            if self._request.client is None and self._client is not None:
-                self._client.close()
+            if (client := self._owned_client()) is not None:
+                client.close()
 
     def _release(self) -> None:
         if self.response is not None and not self.response.is_closed:
@@ -2117,11 +2163,13 @@ class _AsyncIteration:
         return self._step()
 
     def __del__(self) -> None:
-        self._stream._close_soon()
+        self._stream._let_go()
 
 
 class AsyncChatStream(_Stream):
     """Async twin of `ChatStream`, under asyncio and trio."""
+
+    _letting_go: weakref.finalize[Any, Any] | None = None
 
     @staticmethod
     async def sleep(seconds: float) -> None:
@@ -2167,7 +2215,6 @@ class AsyncChatStream(_Stream):
         if self._closed:
             return self._decoder.check_open()
         request = self._request
-        self._spawn = _spawner()
         client = self._client = self._client or _new_client("AsyncClient", request.url)
         attempt = 0
         while True:
@@ -2179,15 +2226,32 @@ class AsyncChatStream(_Stream):
                 response = await client.send(asked, stream=True, follow_redirects=False)
                 self.response, self._reads = response, response.aiter_raw()
                 if response.is_success:
-                    return self._begin(started)
+                    self._begin(started)
+                    return self._watch()
                 body = await self._rest(_ERROR_BODY_SECONDS)
-                await self._release()
+                await _aclose(response, self._reads, None)
                 error: APIError = request.refusal(response, body)
             except _network_errors() as cause:
                 error = request.failure(cause, time.monotonic() - started)
             if not _was_idle(error, phases):
                 await self.sleep(request.wait_before_retry(error, attempt))
                 attempt += 1
+
+    def _watch(self) -> None:
+        """Have the connection closed when nothing refers to the stream any more.
+
+        Nothing can be awaited then, so a task does it. A `__del__` would be too late: in
+        a cycle the collector takes httpx's generators along with the stream.
+        """
+        what = (
+            _spawner(),
+            self.response,
+            self._reads,
+            self._owned_client(),
+            self._timer,
+        )
+        self._letting_go = weakref.finalize(self, _abandon, *what)
+        self._letting_go.atexit = False
 
     async def _read(self) -> Iterator[ChatCompletionChunk]:
         try:
@@ -2214,31 +2278,13 @@ class AsyncChatStream(_Stream):
         """Close the connection, so that the server stops; what has come stays."""
         if self._stop():
             return
-        try:
-            await self._release()
-        finally:
-            if self._request.client is None and self._client is not None:
-                await self._client.aclose()
+        if self._letting_go is not None:
+            self._letting_go.detach()
+        await _aclose(self.response, self._reads, self._owned_client())
 
-    async def _release(self) -> None:
-        if self.response is not None and not self.response.is_closed:
-            if _shut(self.response) and _running_trio():
-                # httpx reads through generators, and trio warns of any that is dropped
-                # before its end: now that the connection is shut, that comes at once.
-                with suppress(Exception):
-                    while True:
-                        await self._reads.__anext__()
-            await self.response.aclose()
-
-    def _close_soon(self) -> None:
-        """Close from where nothing can be awaited: a loop was left, or the stream."""
-        if not self._closed and self.response is not None:
-            with suppress(RuntimeError):  # the event loop is gone, and all with it
-                self._spawn(self._close_quietly)
-
-    async def _close_quietly(self) -> None:
-        with suppress(Exception):
-            await self.aclose()
+    def _let_go(self) -> None:
+        if self._letting_go is not None and not self._stop():
+            self._letting_go()
 
     async def __aenter__(self) -> Self:
         try:
@@ -2250,9 +2296,6 @@ class AsyncChatStream(_Stream):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
-
-    def __del__(self) -> None:
-        self._close_soon()
 
 
 # ------------------------------------------------------------------------------------
@@ -2657,7 +2700,7 @@ class _Terminal:
         self.client = client
         self.model = args.model or os.environ.get("OPENAI_MODEL") or None
         self.stream: ChatStream | None = None
-        self.spinner = _Spinner()
+        self.spinner: _Spinner | None = None
         self.open_lines: set[Any] = set()  # outputs whose last line has no end yet
         self.first_token = 0.0
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
@@ -2742,7 +2785,7 @@ class _Terminal:
         self.stream = stream = ChatStream(self.request(messages))
         started = time.monotonic()
         self.first_token = 0.0
-        self.spinner = _Spinner()
+        self.spinner = spinner = _Spinner()
         try:
             if self.args.json:
                 for chunk in stream:
@@ -2754,7 +2797,7 @@ class _Terminal:
                 thought = thinking or (thought and not text)
                 self.show(text, thinking)
         finally:
-            self.spinner.stop()
+            spinner.stop()
             if sys.stdout.isatty():
                 self.end_line(sys.stdout)
             self.end_line(sys.stderr)
@@ -2773,7 +2816,8 @@ class _Terminal:
         if not text or (thinking and self.args.hide_reasoning):
             return
         self.first_token = self.first_token or time.monotonic()
-        self.spinner.stop()
+        if self.spinner is not None:
+            self.spinner.stop()
         if not thinking:
             self.end_line(sys.stderr)
         to = sys.stderr if thinking else sys.stdout
