@@ -18,7 +18,7 @@ Bytes come in at the top of this file and answers leave at its bottom:
 Every decision (what a line is, what an event is, how an answer ended, whether to try
 again) is made in code that does no I/O; the sync and async classes stand next to each
 other and differ in keywords only. The promise of it all: a broken answer is never taken
-for a whole one. An answer that stops early raises an `APIError`, and what had arrived is
+for a whole one. An answer that stops early raises an `APIError`, and what had come is
 on it, in `.completion`.
 
 As a program: `python sse_chat.py "prompt"`, or `--demo` where no server is running.
@@ -26,7 +26,6 @@ As a program: `python sse_chat.py "prompt"`, or `--demo` where no server is runn
 
 from __future__ import annotations
 
-import base64
 import functools
 import importlib
 import io
@@ -40,6 +39,7 @@ import threading
 import time
 import weakref
 import zlib
+from binascii import b2a_base64
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -139,8 +139,9 @@ class SSELineDecoder:
     def feed(self, chunk: bytes) -> list[str]:
         """Return the lines that `chunk` ends, without their ends."""
         if self._at_start:
-            chunk = bytes(self.pending) + chunk
-            self.pending.clear()
+            if self.pending:
+                chunk = bytes(self.pending) + chunk
+                self.pending.clear()
             if len(chunk) < 3 and _BOM.startswith(chunk):
                 self.pending += chunk
                 return []
@@ -149,19 +150,22 @@ class SSELineDecoder:
         if self._after_cr and chunk:
             self._after_cr = False
             chunk = chunk.removeprefix(b"\n")
-        end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
-        if not end:
-            self.pending += chunk
-            return []
+        whole: bytes | bytearray
+        end = len(chunk)
+        if chunk[-1:] != b"\n":
+            end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
+            if not end:
+                self.pending += chunk
+                return []
         # No UTF-8 sequence spans a line end, so all up to the last is decoded at once.
-        whole = chunk if end == len(chunk) else chunk[:end]
+        whole = chunk[:end]
         if self.pending:
             self.pending += whole
-            text = self.pending.decode("utf-8", "replace")
-            self.pending = bytearray()
-        else:
-            text = whole.decode("utf-8", "replace")
-        self.pending += chunk[end:]
+            whole, self.pending = self.pending, bytearray()
+        text = whole.decode("utf-8", "replace")
+        del whole  # an event may be large: no more of it at a time than must be
+        if end < len(chunk):
+            self.pending += chunk[end:]
         if "\r" in text:
             self._after_cr = text.endswith("\r") and not self.pending
             text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -183,9 +187,7 @@ class SSEDecoder:
         self.last_event_id = ""
         self.retry: int | None = None
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
-        self._overflow: str | None = (
-            None  # its beginning; stays: after a lost event the rest is no stream
-        )
+        self._overflow = ""  # stays: after a lost event the rest is no stream
         self._lines = SSELineDecoder()
         self._data: list[str] = []  # joined once, or many lines would cost their square
         self._size = 0  # bytes of _data
@@ -195,15 +197,17 @@ class SSEDecoder:
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that `chunk` ends. Raises SSEError over the limit."""
-        lines = self._lines
+        pending = self._lines.pending
+        if pending and b"\n" not in chunk and b"\r" not in chunk:
+            pending += chunk  # the middle of a line, and nothing to look at
+            if len(pending) <= self._limit:
+                return []
+            chunk = b""
         events: list[ServerSentEvent] = []
-        received = self._size + len(lines.pending) + len(chunk)
-        if received > self._limit or self._overflow is not None:
-            self._take_counting(lines.feed(chunk), events)
-        elif lines.pending and b"\n" not in chunk and b"\r" not in chunk:
-            lines.pending += chunk
+        if self._size + len(pending) + len(chunk) <= self._limit:
+            self._take(self._lines.feed(chunk), events)
         else:
-            self._take(lines.feed(chunk), events)
+            self._take_counting(self._lines.feed(chunk), events)
         return events
 
     def decode(self, line: str) -> ServerSentEvent | None:
@@ -250,17 +254,20 @@ class SSEDecoder:
     def _take_counting(self, lines: list[str], events: list[ServerSentEvent]) -> None:
         """Take lines of which one may be over the limit."""
         for line in lines:
-            if self._overflow is None:
+            if not self._overflow:
                 self._take([line], events)
                 if max(_utf8_size(line), self._size) > self._limit:
-                    self._overflow = (self._data or [line])[0][:200]
+                    self._set_overflow((self._data or [line])[0])
         pending = self._lines.pending
-        if len(pending) > self._limit and self._overflow is None:
-            self._overflow = pending[:200].decode("utf-8", "replace")
-        if self._overflow is not None:
-            self._data.clear()
-            what = f"an event of more than {self._limit} bytes: {self._overflow!r}"
-            raise SSEError(what, events)
+        if len(pending) > self._limit and not self._overflow:
+            self._set_overflow(pending[:200].decode("utf-8", "replace"))
+        if self._overflow:
+            raise SSEError(self._overflow, events)
+
+    def _set_overflow(self, began: str) -> None:
+        self._overflow = f"an event of more than {self._limit} bytes: {began[:200]!r}"
+        self._limit = -1
+        self._data.clear()
 
     def _set_retry(self, value: str) -> None:
         if value.isascii() and value.isdigit():
@@ -411,7 +418,7 @@ class _Model:
         return made
 
     def to_dict(self) -> Json:
-        """Return it as JSON has it: unset fields left out, unknown ones in their place."""
+        """Return it as JSON has it: without unset fields, with unknown ones."""
         values = {f.name: getattr(self, f.name) for f in _fields(self)}
         extra = values.pop("extra", None) or {}
         values.pop("raw", None)
@@ -431,7 +438,7 @@ def _ours() -> Any:
 
 
 def _built(build: Callable[[Any], Any], default: Any = None) -> Any:
-    """Make a field whose value is built from what was sent; `default` may be a class."""
+    """Make a field whose value is built from what was sent."""
     make = default if isinstance(default, type) else lambda: default
     return field(default_factory=make, metadata={"build": build})
 
@@ -466,8 +473,8 @@ def _string(sent: Any) -> str | None:
 def _encodable(text: Any) -> Any:
     """Return a text with the halves of surrogate pairs joined, a lone one as U+FFFD.
 
-    Servers that cut between bytes send an emoji as `"\\ud83d"` and then `"\\ude42"`, which
-    no encoding takes.
+    Servers that cut between bytes send an emoji as `"\\ud83d"` and then `"\\ude42"`,
+    which no encoding takes.
     """
     if not isinstance(text, str) or text.isascii():
         return text
@@ -482,8 +489,8 @@ def _arguments(sent: Any) -> Any:
 def _content(d: Json) -> tuple[str | None, str | None]:
     """Return the text and the reasoning of a message or delta.
 
-    Reasoning is `reasoning_content` with most servers, `reasoning` with Ollama, vLLM and
-    OpenRouter, and with Mistral one of the typed parts that its content is a list of.
+    Reasoning is `reasoning_content` with most servers, `reasoning` with Ollama, vLLM
+    and OpenRouter, and with Mistral one of the typed parts that content is a list of.
     """
     content = d.get("content")
     reasoning = _string(d.get("reasoning_content") or d.get("reasoning"))
@@ -633,9 +640,7 @@ class ChoiceDelta(_Model):
     @classmethod
     def _build(cls, d: Json) -> ChoiceDelta:
         content = d.get("content")
-        if (
-            _PLAIN.issuperset(d) and content.__class__ is str
-        ):  # most: a third of the time
+        if type(content) is str and _PLAIN.issuperset(d):  # most are: 3 x faster
             return cls(content, None, None, d.get("role"))
         content, reasoning = _content(d)
         call, calls = d.get("function_call"), d.get("tool_calls")
@@ -678,14 +683,14 @@ class ChatCompletionChunk(_Model):
 
         @classmethod
         def _build(cls, d: Json, position: int = 0) -> ChatCompletionChunk.Choice:
-            delta, logprobs = d.get("delta"), d.get("logprobs")
-            ending = d.get("finish_reason")
-            index = d.get("index")
+            get = d.get
+            delta, index, logprobs = get("delta"), get("index"), get("logprobs")
+            ending = get("finish_reason")
             return cls(
-                ChoiceDelta._build(delta if isinstance(delta, dict) else {}),
-                _ending(d) if ending is not None or "finishReason" in d else None,
+                ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
+                None if ending is None and "finishReason" not in d else _ending(d),
                 index if type(index) is int else position,
-                ChoiceLogprobs._build(logprobs) if isinstance(logprobs, dict) else None,
+                None if logprobs is None else _one(ChoiceLogprobs)(logprobs),
             )
 
     id: str = ""
@@ -701,10 +706,10 @@ class ChatCompletionChunk(_Model):
     @classmethod
     def _build(cls, d: Json) -> ChatCompletionChunk:
         get = d.get
-        choices: list[ChatCompletionChunk.Choice] = []
         given = get("choices")
-        for sent in given if isinstance(given, list) else ():
-            if sent.__class__ is dict:
+        choices: list[ChatCompletionChunk.Choice] = []
+        for sent in given if type(given) is list else ():
+            if type(sent) is dict:
                 choices.append(cls.Choice._build(sent, len(choices)))
         usage = get("usage")
         return cls(
@@ -747,7 +752,7 @@ class FunctionCall(Function):
 
 @dataclass(repr=False)
 class ChatCompletionMessageToolCall(_Model):
-    """A tool call; `extra` has Gemini's `extra_content`, which it wants to have back."""
+    """A tool call; `extra` has Gemini's `extra_content`, which it wants back."""
 
     id: str = _built(_encodable, "")
     function: Function = _built(_one(Function), Function)
@@ -784,7 +789,7 @@ class ChatCompletionMessage(_Model):
 class ChatCompletion(_Model):
     """A whole answer, or what has come of it.
 
-    `raw` is all that the server sent; of a stream, what it would have sent in one piece.
+    `raw` is all that the server sent; of a stream, what it would have sent at once.
     """
 
     @dataclass(repr=False)
@@ -878,7 +883,7 @@ class APIStatusError(APIError):
 
 
 class TruncatedStreamError(APIError):
-    """The answer was cut off: not every choice had its finish_reason, nor came [DONE]."""
+    """The answer was cut off, before every finish_reason and before [DONE]."""
 
 
 class APIResponseValidationError(APIError):
@@ -1004,8 +1009,8 @@ class _Answer:
     def call_of(self, piece: ChoiceDeltaToolCall) -> _ToolCall:
         """Find the call that a piece goes on with, or open one.
 
-        It has its index; else its id; with neither it belongs to the last. Another id at
-        an index is another call: some servers give each the index 0.
+        It has its index; else its id; with neither it belongs to the last. Another id
+        at an index is another call: some servers give each the index 0.
         """
         call = self.calls[-1] if self.calls else None
         if piece.index is not None:
@@ -1307,12 +1312,13 @@ class _AnswerDecoder:
             if told or type(payload) is not dict or not payload.get("choices"):
                 self._check(payload, told, data)
             chunk = ChatCompletionChunk._build(payload)
-            self._answer.add(chunk)
-            if payload.get("error"):  # OpenRouter sends choices beside it
-                raise self._reported(data)
+            failed = payload.get("error")  # OpenRouter sends choices beside it
             for choice in chunk.choices:
                 if choice.finish_reason == "error":
-                    raise self._reported(data)
+                    failed, choice.finish_reason = True, None
+            self._answer.add(chunk)
+            if failed:
+                raise self._reported(data)
         except (ValueError, RecursionError) as error:
             if not data or data.isspace():
                 return None
@@ -1480,7 +1486,7 @@ def _find_error(payload: Any, told: bool = False) -> Json | None:
 
 
 def _error_text(error: Any, depth: int = 4) -> str:
-    """Return what an error says: servers put texts, objects and lists into each other."""
+    """Return what an error says, in whatever it is wrapped."""
     if isinstance(error, dict) and depth:
         for name in ("message", "msg", "detail", "details", "error"):
             if error.get(name):
@@ -1546,7 +1552,7 @@ _DRAIN_SECONDS = 0.5
 
 
 class _Request:
-    """What one call asks for, checked; and what to do with what comes before an answer."""
+    """What one call asks for, checked; and what becomes of an attempt that fails."""
 
     def __init__(
         self,
@@ -1609,15 +1615,15 @@ class _Request:
         return text
 
     def failure(self, cause: Exception, waited: float) -> APIConnectionError:
-        """Make the error of an attempt that no answer came to, after `waited` seconds."""
+        """Make the error of an attempt without an answer, after `waited` seconds."""
         at = f"{self.shown_url}, after {waited:.1f} s"
         if _is_timeout(cause):
             phase = _PHASES.get(type(cause).__name__, "connecting")
             error: APIConnectionError = APITimeoutError(f"timed out {phase} ({at})")
         elif "Connect" in type(cause).__name__:
             error = APIConnectionError(
-                f"cannot connect to {at}: {self.redact(str(cause))}; is a server running "
-                "there? start one (`ollama serve`), or set base_url or OPENAI_BASE_URL"
+                f"cannot connect to {at}: {self.redact(str(cause))}; start a server there "
+                "(`ollama serve`), or set base_url or OPENAI_BASE_URL"
             )
         else:
             error = APIConnectionError(
@@ -1652,7 +1658,7 @@ class _Request:
         return error
 
     def wait_before_retry(self, error: APIError, attempt: int) -> float:
-        """Return the seconds to wait before another attempt; raise `error` if none is due.
+        """Return the seconds to wait for another attempt; raise `error` if none is due.
 
         A server that was silent is not asked again: it may be at work on the answer.
         """
@@ -1672,7 +1678,7 @@ _PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that `Retry-After` (seconds or a date) or its twin asks for."""
+    """Return the seconds that `Retry-After` asks for: a number or a date."""
     with suppress(ValueError):
         return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
     asked = headers.get("retry-after", "")
@@ -1725,7 +1731,7 @@ def _shown(url: str) -> str:
 def _headers(
     api_key: str | None, login: str, more: Mapping[str, str] | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the headers of a request, and the secrets among them. Raises ValueError."""
+    """Return the headers of a request, and the secrets in them. Raises ValueError."""
     if api_key is None:
         api_key = os.environ.get("OPENAI_API_KEY", "")
     key = api_key.strip()
@@ -1736,7 +1742,9 @@ def _headers(
         "user-agent": f"sse_chat/{__version__}",
     }
     if login:
-        made["authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        made["authorization"] = (
+            "Basic " + b2a_base64(login.encode(), newline=False).decode()
+        )
     elif key:
         made["authorization"] = f"Bearer {key}"
     made |= {name.lower(): value for name, value in (more or {}).items()}
@@ -1833,8 +1841,8 @@ def _new_client(kind: str, url: str) -> Any:
 def _shut(response: Any) -> bool:
     """End the connection of a response at once, also for a read that waits for it.
 
-    With a reset, which reaches even a server that waits for us to read. Not with HTTP/2,
-    where other streams share the connection.
+    With a reset, which reaches even a server that waits for us to read. Not with
+    HTTP/2, where other streams share the connection.
     """
     import socket
 
@@ -1941,8 +1949,8 @@ def _async_tracer(phases: list[str]) -> Callable[[str, Any], Awaitable[None]]:
 def _was_idle(error: APIError, phases: list[str]) -> bool:
     """Tell whether a kept connection turned out to be dead.
 
-    Servers close them when they like, llama.cpp after each stream. That is no failure of
-    this request: it is sent again at once.
+    Servers close them when they like, llama.cpp after each stream. That is no failure
+    of this request: it is sent again at once.
     """
     broke = isinstance(error, APIConnectionError) and not isinstance(
         error, APITimeoutError
@@ -1952,7 +1960,7 @@ def _was_idle(error: APIError, phases: list[str]) -> bool:
 
 
 class _Stream:
-    """What both streams are made of: the request, and the answer as far as it has come."""
+    """What both streams are made of: the request, and the answer so far."""
 
     def __init__(self, request: _Request) -> None:
         self.response: Any = None
@@ -2000,7 +2008,7 @@ class _Stream:
         return not (self._closed or self.response.is_closed)
 
     def _characters(self, text: str) -> str:
-        """Return what of `text` is whole, and hold back a half that may yet be joined."""
+        """Return what of `text` is whole; hold back a half that may yet be joined."""
         text = self._half + text
         self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         return str(_encodable(text.removesuffix(self._half)))
@@ -2010,29 +2018,13 @@ class _Stream:
         return str(_encodable(half))
 
 
-class _Iteration:
-    """A loop over a stream. Who leaves the loop lets go of this, and so of the stream."""
-
-    def __init__(self, stream: ChatStream, step: Callable[[], Any]) -> None:
-        self._stream = stream
-        self._step = step
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        return self._step()
-
-    def __del__(self) -> None:
-        self._stream.close()
-
-
 class ChatStream(_Stream):
     """A streamed answer: an iterator of ChatCompletionChunk, and a context manager.
 
-    It connects at the first `next` or at `with`, and raises an APIError wherever it ends
-    but at its end. To leave a loop over it, to `close` it and to let go of it closes the
-    connection, so that the server stops. `response` is the httpx.Response, None before.
+    It connects at the first `next` or at `with`, and raises an APIError wherever it
+    ends but at its end. To leave a loop over it, to `close` it and to let go of it
+    closes the connection, so that the server stops. `response` is the httpx.Response,
+    None before.
     """
 
     @staticmethod
@@ -2041,11 +2033,17 @@ class ChatStream(_Stream):
         time.sleep(seconds)
 
     def __iter__(self) -> Iterator[ChatCompletionChunk]:
-        return _Iteration(self, self.__next__)
+        return self._each(self.__next__)
 
     def text(self) -> Iterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        return _Iteration(self, self._next_text)
+        return self._each(self._next_text)
+
+    def _each(self, step: Callable[[], Any]) -> Iterator[Any]:
+        try:
+            yield from iter(step, None)
+        finally:  # the loop was left, or is over
+            self.close()
 
     def __next__(self) -> ChatCompletionChunk:
         try:
@@ -2150,7 +2148,7 @@ class ChatStream(_Stream):
 
 
 class _AsyncIteration:
-    """Async twin of `_Iteration`."""
+    """A loop over a stream: who leaves it lets go of this, and so of the stream."""
 
     def __init__(self, stream: AsyncChatStream, step: Callable[[], Any]) -> None:
         self._stream = stream
@@ -2240,8 +2238,8 @@ class AsyncChatStream(_Stream):
     def _watch(self) -> None:
         """Have the connection closed when nothing refers to the stream any more.
 
-        Nothing can be awaited then, so a task does it. A `__del__` would be too late: in
-        a cycle the collector takes httpx's generators along with the stream.
+        Nothing can be awaited then, so a task does it. A `__del__` would be too late:
+        in a cycle the collector takes httpx's generators along with the stream.
         """
         what = (
             _spawner(),
@@ -2332,7 +2330,7 @@ def stream_chat(messages: Messages, **options: Any) -> ChatStream:
     max_event_bytes: the most that one event, or an answer in one piece, may take.
     headers: sent beside ours, or in their place (Azure: `{"api-key": …}`).
     client: your own httpx.Client, or httpx2's; it is used, and not closed.
-    params: all else goes into the request: `temperature=0.2`, `tools=[…]`; None does not.
+    params: all else goes into the request, `temperature=0.2`, `tools=[…]`, but None.
 
     Raises ValueError or TypeError for what cannot be asked; the stream raises APIError.
     """
@@ -2364,7 +2362,7 @@ async def agenerate(messages: Messages, **options: Any) -> ChatCompletion:
 
 
 class _Client:
-    """What both clients are made of: a pool of connections, and the options of a call."""
+    """What both clients are made of: a pool of connections, the options of a call."""
 
     _kind = "Client"
 
@@ -2449,7 +2447,7 @@ class AsyncChatClient(_Client):
 
 @contextmanager
 def demo_server(delay: float = 0.0) -> Iterator[str]:
-    """Serve the chat API on a loopback port, and give its base URL: for demos and tests.
+    """Serve the chat API on a loopback port, and give its base URL; also for tests.
 
     It answers about the prompt that it gets, with `delay` seconds between tokens.
     """
@@ -2526,9 +2524,9 @@ def _demo_chunks(messages: list[Json]) -> list[Json]:
     turn = sum(message["role"] == "user" for message in messages)
     thoughts = f"The prompt has {len(prompt)} characters, and this is turn {turn}."
     answer = (
-        f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo server of "
-        "sse_chat, which knows the chat API and nothing else. For a real answer start a "
-        "server, such as `ollama serve`, and leave out --demo."
+        f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo server "
+        "of sse_chat, which knows the chat API and nothing else. For a real answer start "
+        "a server, such as `ollama serve`, and leave out --demo."
     )
     deltas: list[Json] = [{"role": "assistant", "content": ""}]
     deltas += [{"content": "", "reasoning": t} for t in re.findall(r"\s*\S+", thoughts)]
@@ -2540,7 +2538,8 @@ def _demo_chunks(messages: list[Json]) -> list[Json]:
         "object": "chat.completion.chunk",
         "model": "demo",
     }
-    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    none = {"index": 0, "finish_reason": None}
+    choices: list[Json] = [none | {"delta": delta} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
     chunks: list[Json] = [{"choices": [choice]} for choice in choices]
     chunks.append({"choices": [], "usage": spent})
@@ -2605,8 +2604,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="sse_chat.py",
-        description="Ask a model at an OpenAI-compatible server. Standard input that is no "
-        "terminal goes before the prompt; without either this is a conversation.",
+        description="Ask a model at an OpenAI-compatible server. Standard input that is "
+        "no terminal goes before the prompt; without either this is a conversation.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -2659,8 +2658,8 @@ def _option(text: str) -> tuple[str, Any]:
 def _base_url(given: str | None) -> str | None:
     """Return where to ask: as given, else OPENAI_BASE_URL, else OLLAMA_HOST.
 
-    The last in Ollama's forms: host, host:port, :port, an IPv6 address, with a scheme or
-    without; 0.0.0.0 is where it listens, not where to ask.
+    The last in Ollama's forms: host, host:port, :port, an IPv6 address, with a scheme
+    or without; 0.0.0.0 is where it listens, not where to ask.
     """
     text = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
     if given or os.environ.get("OPENAI_BASE_URL", "").strip() or not text:
@@ -2723,7 +2722,7 @@ class _Terminal:
         return 0
 
     def prompt(self) -> str | None:
-        """Return standard input and the argument as one text, None for a conversation."""
+        """Return standard input and the argument as a text, None for a conversation."""
         given = self.args.prompt
         if sys.stdin is None or (sys.stdin.isatty() and given != "-"):
             return str(given) if given else None
@@ -2764,7 +2763,7 @@ class _Terminal:
             raise APIResponseValidationError(text, response.text) from None
 
     def dry_run(self, prompt: str) -> str:
-        """Return the request, and a curl command that sends it, both without the key."""
+        """Return the request, and a curl command that sends it, without the key."""
         import shlex
 
         request = self.request(_messages(prompt, self.args.system))
@@ -2837,7 +2836,8 @@ class _Terminal:
     def tell_usage(self, usage: CompletionUsage | None, started: float) -> None:
         now = time.monotonic()
         first = self.first_token or now
-        told = f"first token after {first - started:.2f} s, all after {now - started:.2f} s"
+        waits = (first - started, now - started)
+        told = "first token after {:.2f} s, all after {:.2f} s".format(*waits)
         if usage is not None:
             spent = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
             rate = usage.completion_tokens / max(now - first, 0.001)
