@@ -204,7 +204,9 @@ class SSEDecoder:
                 return []
             chunk = b""
         events: list[ServerSentEvent] = []
-        if self._size + len(pending) + len(chunk) <= self._limit:
+        most = 3 * (len(pending) + len(chunk))  # each bad byte becomes the 3 of U+FFFD
+        del pending  # or a large event would be there once more
+        if self._size + most <= self._limit:
             self._take(self._lines.feed(chunk), events)
         else:
             self._take_counting(self._lines.feed(chunk), events)
@@ -1622,8 +1624,8 @@ class _Request:
             error: APIConnectionError = APITimeoutError(f"timed out {phase} ({at})")
         elif "Connect" in type(cause).__name__:
             error = APIConnectionError(
-                f"cannot connect to {at}: {self.redact(str(cause))}; start a server there "
-                "(`ollama serve`), or set base_url or OPENAI_BASE_URL"
+                f"cannot connect to {at}: {self.redact(str(cause))}; start a server "
+                "there (`ollama serve`), or set base_url or OPENAI_BASE_URL"
             )
         else:
             error = APIConnectionError(
@@ -2525,8 +2527,8 @@ def _demo_chunks(messages: list[Json]) -> list[Json]:
     thoughts = f"The prompt has {len(prompt)} characters, and this is turn {turn}."
     answer = (
         f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo server "
-        "of sse_chat, which knows the chat API and nothing else. For a real answer start "
-        "a server, such as `ollama serve`, and leave out --demo."
+        "of sse_chat, which knows the chat API and nothing else. For a real answer "
+        "start a server, such as `ollama serve`, and leave out --demo."
     )
     deltas: list[Json] = [{"role": "assistant", "content": ""}]
     deltas += [{"content": "", "reasoning": t} for t in re.findall(r"\s*\S+", thoughts)]
@@ -2604,8 +2606,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="sse_chat.py",
-        description="Ask a model at an OpenAI-compatible server. Standard input that is "
-        "no terminal goes before the prompt; without either this is a conversation.",
+        description="Ask a model at an OpenAI-compatible server. Standard input that "
+        "is no terminal goes before the prompt; without either this is a conversation.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """What sse_chat promises, as tests: events, types, endings, errors, the terminal.
 
-`pytest` runs all but those that want a live server: `pytest -m live`, with its base URL in
+`pytest -m live` runs those that want a live server, whose base URL is in
 SSE_CHAT_LIVE_URL. HYPOTHESIS_PROFILE=ci looks longer for counterexamples.
 """
 
@@ -83,7 +83,7 @@ except ModuleNotFoundError:  # the core of this file runs under either
 class Server:
     """Calls `handle(connection, number of the request)` for each request.
 
-    The connection is closed after it, unless `handle` returns KEEP. `handle` may also be
+    The connection is closed after it, unless `handle` returns KEEP. It may also be
     bytes, to send them each time.
     """
 
