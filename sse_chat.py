@@ -2832,6 +2832,8 @@ class _Terminal:
             if sys.stdout.isatty():
                 self.end_line(sys.stdout)
             self.end_line(sys.stderr)
+        if any(c.finish_reason == "length" for c in stream.completion.choices):
+            print("sse_chat: the answer ends where max_tokens is", file=sys.stderr)
         if self.args.usage:
             self.tell_usage(stream.completion.usage, started)
 
