@@ -150,7 +150,6 @@ class SSELineDecoder:
         if self._after_cr and chunk:
             self._after_cr = False
             chunk = chunk.removeprefix(b"\n")
-        whole: bytes | bytearray
         end = len(chunk)
         if chunk[-1:] != b"\n":
             end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
@@ -158,12 +157,12 @@ class SSELineDecoder:
                 self.pending += chunk
                 return []
         # No UTF-8 sequence spans a line end, so all up to the last is decoded at once.
-        whole = chunk[:end]
         if self.pending:
-            self.pending += whole
-            whole, self.pending = self.pending, bytearray()
-        text = whole.decode("utf-8", "replace")
-        del whole  # an event may be large: no more of it at a time than must be
+            self.pending += chunk[:end]
+            text = self.pending.decode("utf-8", "replace")
+            self.pending.clear()
+        else:
+            text = chunk[:end].decode("utf-8", "replace")
         if end < len(chunk):
             self.pending += chunk[end:]
         if "\r" in text:
@@ -191,6 +190,7 @@ class SSEDecoder:
         self._lines = SSELineDecoder()
         self._data: list[str] = []  # joined once, or many lines would cost their square
         self._size = 0  # bytes of _data
+        self._between = False  # a blank line was the last: nothing of an event is there
         self._event = ""
         self._id = ""  # becomes last_event_id at the blank line, not before
         self._retry: int | None = None
@@ -203,18 +203,32 @@ class SSEDecoder:
             if len(pending) <= self._limit:
                 return []
             chunk = b""
-        events: list[ServerSentEvent] = []
         most = 3 * (len(pending) + len(chunk))  # each bad byte becomes the 3 of U+FFFD
-        del pending  # or a large event would be there once more
+        if (
+            self._between
+            and chunk[:6] == b"data: "
+            and chunk.find(b"\n") == len(chunk) - 2
+            and chunk[-1:] == b"\n"
+            and b"\r" not in chunk
+            and most <= self._limit
+        ):
+            # A read of one event, as most are: it is one line, and not a text to be
+            # split, which halves the time.
+            data = chunk[6:-2].decode("utf-8", "replace")
+            return [ServerSentEvent("message", data, self._id)]
+        events: list[ServerSentEvent] = []
         if self._size + most <= self._limit:
             self._take(self._lines.feed(chunk), events)
         else:
             self._take_counting(self._lines.feed(chunk), events)
+        begun = pending or self._data or self._event or self._retry is not None
+        self._between = not begun and self._id == self.last_event_id
         return events
 
     def decode(self, line: str) -> ServerSentEvent | None:
         """Take one line without its end; return the event that a blank one ends."""
         events: list[ServerSentEvent] = []
+        self._between = False
         self._take_counting([line], events)
         return events[0] if events else None
 
