@@ -2008,7 +2008,12 @@ def _was_idle(error: APIError, phases: list[str]) -> bool:
 class _Stream:
     """What both streams are made of: the request, and the answer so far."""
 
+    _kind = "Client"
+
     def __init__(self, request: _Request) -> None:
+        is_async = hasattr(request.client, "aclose")
+        if request.client is not None and is_async != (self._kind == "AsyncClient"):
+            raise TypeError(f"client must be an httpx.{self._kind} here")
         self.response: Any = None
         self._request = request
         self._client = request.client
@@ -2121,7 +2126,7 @@ class ChatStream(_Stream):
         if self._closed:
             return self._decoder.check_open()
         request = self._request
-        client = self._client = self._client or _new_client("Client", request.url)
+        client = self._client = self._client or _new_client(self._kind, request.url)
         attempt = 0
         while True:
             phases: list[str] = []
@@ -2213,6 +2218,7 @@ class _AsyncIteration:
 class AsyncChatStream(_Stream):
     """Async twin of `ChatStream`, under asyncio and trio."""
 
+    _kind = "AsyncClient"
     _letting_go: weakref.finalize[Any, Any] | None = None
 
     @staticmethod
@@ -2259,7 +2265,7 @@ class AsyncChatStream(_Stream):
         if self._closed:
             return self._decoder.check_open()
         request = self._request
-        client = self._client = self._client or _new_client("AsyncClient", request.url)
+        client = self._client = self._client or _new_client(self._kind, request.url)
         attempt = 0
         while True:
             phases: list[str] = []
