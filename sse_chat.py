@@ -2623,10 +2623,13 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         with ExitStack() as stack:
-            url = _base_url(args.base_url)
-            if args.demo:
+            url, client = _base_url(args.base_url), None
+            if args.demo:  # no proxy that the environment names leads to this process
                 url = stack.enter_context(demo_server(delay=0.02))
-            code = _Terminal(args, stack.enter_context(_client(args, url))).run()
+                client = _load_httpx().Client(trust_env=False, verify=_tls(False))
+                stack.enter_context(client)
+            chat = ChatClient(base_url=url, timeout=args.timeout, client=client)
+            code = _Terminal(args, stack.enter_context(chat)).run()
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:
@@ -2726,10 +2729,6 @@ def _base_url(given: str | None) -> str | None:
     name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
     name = f"[{name}]" if ":" in name else name
     return f"{scheme or 'http'}://{name}:{port}{(slash + path).rstrip('/')}/v1"
-
-
-def _client(args: argparse.Namespace, url: str | None) -> ChatClient:
-    return ChatClient(base_url=url, timeout=args.timeout)
 
 
 _CONTROLS = re.compile(

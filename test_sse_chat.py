@@ -3843,6 +3843,12 @@ def test_demo_option():
     assert err  # its reasoning
 
 
+def test_demo_goes_through_no_proxy():
+    proxies = {"HTTP_PROXY": NOBODY, "ALL_PROXY": "socks5://127.0.0.1:9"}
+    code, out, _ = run("--demo", "blue whales", env=environment(**proxies))
+    assert (code, b"blue whales" in out) == (0, True)
+
+
 # ------------------------------------------------------------------------------------
 # The program at a terminal
 # ------------------------------------------------------------------------------------
