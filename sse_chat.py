@@ -408,8 +408,9 @@ class _Model:
 
     def __repr__(self) -> str:
         values = [(f, getattr(self, f.name)) for f in _fields(self) if f.repr]
-        shown = [f"{f.name}={v!r}" for f, v in values if not _hides(f) or v is not None]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        shown = [f for f in values if f[1] is not None or "ours" not in f[0].metadata]
+        pairs = ", ".join(f"{f.name}={value!r}" for f, value in shown)
+        return f"{type(self).__name__}({pairs})"
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
@@ -442,10 +443,6 @@ class _Model:
 
 def _fields(model: Any) -> tuple[Field[Any], ...]:
     return fields(model)
-
-
-def _hides(f: Field[Any]) -> bool:
-    return "ours" in f.metadata
 
 
 def _ours() -> Any:
@@ -672,7 +669,7 @@ class ChoiceDelta(_Model):
         call, calls = get("function_call"), get("tool_calls")
         return cls(
             content,
-            None if call is None else _one(ChoiceDeltaFunctionCall)(call),
+            None if call is None else _function_call_piece(call),
             _string(get("refusal")),
             get("role"),
             None if calls is None else _tool_call_pieces(calls),
@@ -681,6 +678,7 @@ class ChoiceDelta(_Model):
         )
 
 
+_function_call_piece = _one(ChoiceDeltaFunctionCall)
 _tool_call_pieces = _many(ChoiceDeltaToolCall)
 _PLAIN = frozenset({"content", "role"})
 _DELTA = _PLAIN | {
@@ -708,7 +706,15 @@ class ChatCompletionChunk(_Model):
 
         @classmethod
         def _build(cls, d: Json, position: int = 0) -> ChatCompletionChunk.Choice:
-            return _chunk_choice(d, position)
+            get = d.get
+            delta, index, logprobs = get("delta"), get("index"), get("logprobs")
+            ending = get("finish_reason")
+            return cls(
+                ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
+                None if ending is None and "finishReason" not in d else _ending(d),
+                index if type(index) is int else position,
+                None if logprobs is None else _logprobs(logprobs),
+            )
 
     id: str = ""
     choices: list[Choice] = field(default_factory=list)
@@ -754,19 +760,7 @@ class ChatCompletionChunk(_Model):
         )
 
 
-def _chunk_choice(d: Json, position: int) -> ChatCompletionChunk.Choice:
-    get = d.get
-    delta, index, logprobs = get("delta"), get("index"), get("logprobs")
-    ending = get("finish_reason")
-    return _ChunkChoice(
-        ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
-        None if ending is None and "finishReason" not in d else _ending(d),
-        index if type(index) is int else position,
-        None if logprobs is None else _logprobs(logprobs),
-    )
-
-
-_ChunkChoice = ChatCompletionChunk.Choice
+_chunk_choice = ChatCompletionChunk.Choice._build
 _logprobs = _one(ChoiceLogprobs)
 
 
@@ -1434,12 +1428,11 @@ class _AnswerDecoder:
             )
             text = f"no data for {self._read_timeout} s, {phase}{self._where}"
             return self._fail(APITimeoutError(text))
+        got = self._content_type or "no content type"
         if cause is None and self._kind == "other":
-            got = self._content_type or "no content type"
             text = self._head.decode("utf-8", "replace")
             return self._invalid(f"neither an event stream nor JSON, but {got}", text)
         if cause is None and not self._mark:
-            got = self._content_type or "no content type"
             return self._invalid(f"an empty body as {got}")
         how = f"the connection broke ({cause})" if cause else "the server ended it"
         text = f"the answer was cut off: {how} before a finish_reason or [DONE]"
