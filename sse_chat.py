@@ -496,7 +496,15 @@ def _one(model: type[_Model]) -> Callable[[Any], Any]:
 
 def _many(model: type[_Model]) -> Callable[[Any], Any]:
     build = model._build
-    return lambda sent: [build(item) for item in _dicts(sent)]
+
+    def build_each(sent: Any) -> list[Any]:
+        made = []
+        for item in sent if type(sent) is list else ():
+            if type(item) is dict:
+                made.append(build(item))
+        return made
+
+    return build_each
 
 
 def _dicts(sent: Any) -> list[Json]:
@@ -652,7 +660,7 @@ class ChoiceDeltaFunctionCall(ChoiceDeltaToolCallFunction):
     """A piece of a call in the form that tool calls replaced."""
 
 
-_function_piece = _one(ChoiceDeltaToolCallFunction)
+_function_piece = ChoiceDeltaToolCallFunction._build
 
 
 @dataclass(repr=False)
@@ -667,15 +675,12 @@ class ChoiceDeltaToolCall(_Model):
 
     @classmethod
     def _build(cls, d: Json) -> ChoiceDeltaToolCall:
-        get = d.get
-        index, id, kind = get("index"), get("id"), get("type")
-        function = get("function")
-        if function is not None:
-            function = _function_piece(function)
+        index, id, kind = d.get("index"), d.get("id"), d.get("type")
+        function = d.get("function")
         return cls(
             index if type(index) is int else None,
             id if type(id) is str else None,
-            function,
+            _function_piece(function) if type(function) is dict else None,
             kind if type(kind) is str else None,
             None if _TOOL_CALL.issuperset(d) else _beyond(_TOOL_CALL, d),
         )
@@ -695,17 +700,16 @@ class ChoiceDelta(_Model):
 
     @classmethod
     def _build(cls, d: Json) -> ChoiceDelta:
-        get = d.get
-        content = get("content")
-        if type(content) is str and _PLAIN.issuperset(d):  # most are: 3 x faster
-            return cls(content, None, None, get("role"))
+        content = d.get("content")
+        if type(content) is str and len(d) == 1 + ("role" in d):  # most are: 3 x faster
+            return cls(content, None, None, d.get("role"))
         content, reasoning = _content(d)
-        call, calls = get("function_call"), get("tool_calls")
+        call, calls = d.get("function_call"), d.get("tool_calls")
         return cls(
             content,
             None if call is None else _function_call_piece(call),
-            _string(get("refusal")),
-            get("role"),
+            _string(d.get("refusal")),
+            d.get("role"),
             None if calls is None else _tool_call_pieces(calls),
             reasoning,
             None if _DELTA.issuperset(d) else _beyond(_DELTA, d),
@@ -714,8 +718,9 @@ class ChoiceDelta(_Model):
 
 _function_call_piece = _one(ChoiceDeltaFunctionCall)
 _tool_call_pieces = _many(ChoiceDeltaToolCall)
-_PLAIN = frozenset({"content", "role"})
-_DELTA = _PLAIN | {
+_DELTA = {
+    "content",
+    "role",
     "function_call",
     "refusal",
     "tool_calls",
@@ -740,9 +745,8 @@ class ChatCompletionChunk(_Model):
 
         @classmethod
         def _build(cls, d: Json, position: int = 0) -> ChatCompletionChunk.Choice:
-            get = d.get
-            delta, index, logprobs = get("delta"), get("index"), get("logprobs")
-            ending = get("finish_reason")
+            delta, index, logprobs = d.get("delta"), d.get("index"), d.get("logprobs")
+            ending = d.get("finish_reason")
             return cls(
                 ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
                 None if ending is None and "finishReason" not in d else _ending(d),
@@ -762,22 +766,20 @@ class ChatCompletionChunk(_Model):
 
     @classmethod
     def _build(cls, d: Json) -> ChatCompletionChunk:
-        get = d.get
-        given = get("choices")
+        given, usage = d.get("choices"), d.get("usage")
         choices: list[ChatCompletionChunk.Choice] = []
         for sent in given if type(given) is list else ():
             if type(sent) is dict:
                 choices.append(_chunk_choice(sent, len(choices)))
-        usage = get("usage")
         return cls(
-            get("id") or "",
+            d.get("id") or "",
             choices,
-            get("created") or 0,
-            get("model") or "",
-            get("object") or "chat.completion.chunk",
-            get("service_tier"),
-            get("system_fingerprint"),
-            CompletionUsage._build(usage) if isinstance(usage, dict) else None,
+            d.get("created") or 0,
+            d.get("model") or "",
+            d.get("object") or "chat.completion.chunk",
+            d.get("service_tier"),
+            d.get("system_fingerprint"),
+            None if usage is None else _usage(usage),
             d,
         )
 
@@ -796,6 +798,7 @@ class ChatCompletionChunk(_Model):
 
 _chunk_choice = ChatCompletionChunk.Choice._build
 _logprobs = _one(ChoiceLogprobs)
+_usage = _one(CompletionUsage)
 
 
 @dataclass(repr=False)
@@ -975,13 +978,12 @@ class ChatAccumulator:
         if len(self._names) < 3:  # Azure's first chunk has none of them
             names = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
             self._names = {k: v for k, v in names.items() if v} | self._names
-        head = self._head
         if chunk.usage is not None:
-            head["usage"] = chunk.raw.get("usage") or chunk.usage.to_dict()
+            self._head["usage"] = chunk.raw.get("usage") or chunk.usage.to_dict()
         if chunk.system_fingerprint is not None:
-            head["system_fingerprint"] = chunk.system_fingerprint
+            self._head["system_fingerprint"] = chunk.system_fingerprint
         if chunk.service_tier is not None:
-            head["service_tier"] = chunk.service_tier
+            self._head["service_tier"] = chunk.service_tier
         if not _CHUNK.issuperset(chunk.raw):
             _merge(self._extra, _beyond(_CHUNK, chunk.raw) or {})
         for choice in chunk.choices:
@@ -989,15 +991,19 @@ class ChatAccumulator:
             if answer is None:
                 answer = self._answers[choice.index] = _Answer()
                 self._unfinished += 1
-            if choice.finish_reason == "error":
-                self.failed = True
-            elif choice.finish_reason is not None:
-                # Kept: a chunk without one, with the usage or a filter's, may follow.
-                self._unfinished -= answer.finish_reason is None
-                answer.finish_reason = choice.finish_reason
             answer.add(choice.delta)
+            if choice.finish_reason is not None:
+                self._finish(answer, choice.finish_reason)
             if choice.logprobs is not None:
                 _merge(answer.logprobs, vars(choice.logprobs))
+
+    def _finish(self, answer: _Answer, reason: str) -> None:
+        """Keep why a choice ended; what follows, usage or a filter's, has no reason."""
+        if reason == "error":
+            self.failed = True
+        else:
+            self._unfinished -= answer.finish_reason is None
+            answer.finish_reason = reason
 
     @property
     def finished(self) -> bool:
@@ -1033,17 +1039,17 @@ _CHUNK = {f.name for f in fields(ChatCompletionChunk)} | {"obfuscation"}  # padd
 class _Answer:
     """The message of one choice while its deltas come.
 
-    Text grows in StringIO: a list of its pieces would take ten times the memory, and
-    adding strings to each other the square of the time.
+    Texts grow as UTF-8 in bytearrays: a list of their pieces takes ten times the memory
+    (StringIO is one before Python 3.12), adding strings the square of the time.
     """
 
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.logprobs: Json = {}
         self.role: str | None = None
-        self.content = io.StringIO()
+        self.content = bytearray()
         self.has_content = False
-        self.texts: dict[str, io.StringIO] = {}
+        self.texts: dict[str, bytearray] = {}
         self.calls: list[_ToolCall] = []
         self.latest: dict[int | str, _ToolCall] = {}  # of each index, of each id
         self.function_call: _ToolCall | None = None
@@ -1051,15 +1057,17 @@ class _Answer:
 
     def add(self, delta: ChoiceDelta) -> None:
         if delta.content is not None:
-            self.content.write(delta.content)
+            self.content += delta.content.encode("utf-8", "surrogatepass")
             self.has_content = True
+        if not self.role:
+            self.role = delta.role
+        if delta.tool_calls is not None:
+            for piece in delta.tool_calls:
+                self.call_of(piece).add(piece)
         if delta.reasoning_content is not None:
             self.write("reasoning_content", delta.reasoning_content)
         if delta.refusal is not None:
             self.write("refusal", delta.refusal)
-        self.role = self.role or delta.role
-        for piece in delta.tool_calls or ():
-            self.call_of(piece).add(piece)
         if delta.function_call is not None:
             self.function_call = self.function_call or _ToolCall(0)
             self.function_call.add_function(delta.function_call)
@@ -1067,9 +1075,7 @@ class _Answer:
             _merge(self.extra, delta.extra)
 
     def write(self, name: str, text: str) -> None:
-        if name not in self.texts:
-            self.texts[name] = io.StringIO()
-        self.texts[name].write(text)
+        self.texts.setdefault(name, bytearray()).extend(_to_bytes(text))
 
     def call_of(self, piece: ChoiceDeltaToolCall) -> _ToolCall:
         """Find the call that a piece goes on with, or open one.
@@ -1077,29 +1083,41 @@ class _Answer:
         It has its index; else its id; with neither it belongs to the last. Another id
         at an index is another call: some servers give each the index 0.
         """
-        call = self.calls[-1] if self.calls else None
-        if piece.index is not None:
-            call = self.latest.get(piece.index)
-        elif piece.id:
-            call = self.latest.get(piece.id)
-        if call is None or (piece.id and call.id and piece.id != call.id):
-            call = _ToolCall(len(self.calls) if piece.index is None else piece.index)
+        index, id = piece.index, piece.id
+        if index is not None:
+            call = self.latest.get(index)
+        elif id:
+            call = self.latest.get(id)
+        else:
+            call = self.calls[-1] if self.calls else None
+        if call is not None and not id:
+            return call
+        if call is None or (call.id and call.id != id):
+            call = _ToolCall(len(self.calls) if index is None else index)
             self.calls.append(call)
-        if piece.index is not None:
-            self.latest[piece.index] = call
-        if piece.id:
-            self.latest[piece.id] = call
+        if index is not None:
+            self.latest[index] = call
+        if id:
+            self.latest[id] = call
         return call
 
     def message(self) -> Json:
-        made: Json = {name: text.getvalue() for name, text in self.texts.items()}
-        made["content"] = self.content.getvalue() if self.has_content else None
+        made: Json = {name: _to_text(grown) for name, grown in self.texts.items()}
+        made["content"] = _to_text(self.content) if self.has_content else None
         if self.calls:
             calls = sorted(self.calls, key=lambda call: call.index)
             made["tool_calls"] = [call.to_dict() for call in calls]
         if self.function_call is not None:
             made["function_call"] = self.function_call.function()
         return self.extra | made | {"role": self.role or "assistant"}
+
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a pair's halves may come apart
+
+
+def _to_text(grown: bytearray) -> str:
+    return grown.decode("utf-8", "surrogatepass")
 
 
 class _ToolCall:
@@ -1110,23 +1128,27 @@ class _ToolCall:
         self.id = ""
         self.name = ""
         self.type = "function"
-        self.arguments = io.StringIO()
+        self.arguments = bytearray()
         self.extra: Json = {}
 
     def add(self, piece: ChoiceDeltaToolCall) -> None:
-        self.id = self.id or piece.id or ""
-        self.type = piece.type or self.type
+        if not self.id:
+            self.id = piece.id or ""
+        if piece.type is not None:
+            self.type = piece.type or self.type
         if piece.function is not None:
             self.add_function(piece.function)
         if piece.extra is not None:
             _merge(self.extra, piece.extra)
 
     def add_function(self, piece: ChoiceDeltaToolCallFunction) -> None:
-        self.name = self.name or piece.name or ""
-        self.arguments.write(piece.arguments or "")
+        if not self.name:
+            self.name = piece.name or ""
+        if piece.arguments is not None:
+            self.arguments += _to_bytes(piece.arguments)
 
     def function(self) -> Json:
-        return {"arguments": self.arguments.getvalue(), "name": self.name}
+        return {"arguments": _to_text(self.arguments), "name": self.name}
 
     def to_dict(self) -> Json:
         made = {"id": self.id, "function": self.function(), "type": self.type}
@@ -1192,13 +1214,15 @@ def iter_chunks(
     decoder = _AnswerDecoder(max_event_bytes)
     cause = None
     try:
-        for chunk in chunks:
-            yield from decoder.feed(chunk)
+        for data in chunks:
+            for chunk in decoder.feed(data):
+                yield chunk
             if decoder.done:
                 return
     except _network_errors() as error:
         cause = error
-    yield from decoder.finish(cause)
+    for chunk in decoder.finish(cause):
+        yield chunk
 
 
 async def aiter_chunks(
@@ -1208,15 +1232,15 @@ async def aiter_chunks(
     decoder = _AnswerDecoder(max_event_bytes)
     cause = None
     try:
-        async for chunk in chunks:
-            for made in decoder.feed(chunk):
-                yield made
+        async for data in chunks:
+            for chunk in decoder.feed(data):
+                yield chunk
             if decoder.done:
                 return
     except _network_errors() as error:
         cause = error
-    for made in decoder.finish(cause):
-        yield made
+    for chunk in decoder.finish(cause):
+        yield chunk
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -1301,11 +1325,16 @@ class _AnswerDecoder:
         ended = self.done or self._whole is not None or self._answer.finished
         return ended and self.failure is None
 
-    def feed(self, data: bytes) -> Iterator[ChatCompletionChunk]:
+    def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         """Give the chunks that `data` ends; raise where the body goes wrong."""
-        if self._inflater is not None:
-            return itertools.chain.from_iterable(map(self._feed, self._inflated(data)))
-        return self._feed(data)
+        if self._kind == "stream" and self._inflater is None and not self._late:
+            only = self._events._only_data(data)
+            if only is not None:  # as a rule; saves an event and a generator
+                chunk = self._chunk(only)
+                return () if chunk is None else (chunk,)
+        if self._inflater is None:
+            return self._feed(data)
+        return itertools.chain.from_iterable(map(self._feed, self._inflated(data)))
 
     def _feed(self, data: bytes) -> Iterator[ChatCompletionChunk]:
         if self._late:
@@ -1313,17 +1342,13 @@ class _AnswerDecoder:
         if self._kind != "stream":
             data = self._recognise(data)
         try:
-            events = self._events.feed(data)
+            return self._chunks(self._events.feed(data))
         except SSEError as error:
             return self._before(error)
-        if len(events) == 1:  # as a rule; saves a generator, a twentieth of the time
-            chunk = self._chunk(events[0])
-            return iter(() if chunk is None else (chunk,))
-        return self._chunks(events)
 
     def _chunks(self, events: list[ServerSentEvent]) -> Iterator[ChatCompletionChunk]:
         for event in events:
-            chunk = self._chunk(event)
+            chunk = self._chunk(event.data, event.event == "error")
             if chunk is not None:
                 yield chunk
             elif self.done:
@@ -1374,12 +1399,15 @@ class _AnswerDecoder:
             raise self._verdict(None)
         return b""
 
-    def _chunk(self, event: ServerSentEvent) -> ChatCompletionChunk | None:
-        """Return the chunk in an event; None for [DONE], and for no data."""
-        data = event.data
-        told = event.event == "error"
+    def _chunk(self, data: str, told: bool = False) -> ChatCompletionChunk | None:
+        """Return the chunk in an event's data; None for [DONE], and for no data.
+
+        It is an error if the name of the event has `told` so.
+        """
         try:
-            payload = _parse_json(data)
+            payload, end = _scan(data)
+            if end < len(data):
+                payload = json.loads(data)
             if told or type(payload) is not dict or not payload.get("choices"):
                 self._check(payload, told, data)
             chunk = ChatCompletionChunk._build(payload)
@@ -1420,7 +1448,8 @@ class _AnswerDecoder:
                     whole = event.data.startswith("[DONE]") or _parse_json(event.data)
                 except (ValueError, RecursionError):
                     continue
-                chunk = self._chunk(event) if whole else None
+                told = event.event == "error"
+                chunk = self._chunk(event.data, told) if whole else None
                 if chunk is not None:
                     yield chunk
 
@@ -2131,7 +2160,7 @@ class ChatStream(_Stream):
                     if self._must_drain():
                         self._rest(_DRAIN_SECONDS)
                     raise StopIteration
-                self._ready = self._read()
+                self._ready = iter(self._read())
             return chunk
         except BaseException:
             self.close()
@@ -2173,7 +2202,7 @@ class ChatStream(_Stream):
                 self.sleep(request.wait_before_retry(error, attempt))
                 attempt += 1
 
-    def _read(self) -> Iterator[ChatCompletionChunk]:
+    def _read(self) -> Iterable[ChatCompletionChunk]:
         try:
             return self._decoder.feed(next(self._reads))
         except StopIteration:
@@ -2270,7 +2299,7 @@ class AsyncChatStream(_Stream):
                     if self._must_drain():
                         await self._rest(_DRAIN_SECONDS)
                     raise StopAsyncIteration
-                self._ready = await self._read()
+                self._ready = iter(await self._read())
             return chunk
         except BaseException:
             await self.aclose()
@@ -2329,7 +2358,7 @@ class AsyncChatStream(_Stream):
         self._letting_go = weakref.finalize(self, _abandon, *what)
         self._letting_go.atexit = False
 
-    async def _read(self) -> Iterator[ChatCompletionChunk]:
+    async def _read(self) -> Iterable[ChatCompletionChunk]:
         try:
             return self._decoder.feed(await self._reads.__anext__())
         except StopAsyncIteration:
