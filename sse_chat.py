@@ -32,7 +32,6 @@ import io
 import itertools
 import json
 import os
-import random
 import re
 import sys
 import threading
@@ -123,6 +122,7 @@ class ServerSentEvent:
 
 
 _BOM = b"\xef\xbb\xbf"
+_CR, _LF = b"\r\n"  # numbers: `in` finds these in bytes seven times as fast as bytes
 
 
 class SSELineDecoder:
@@ -151,16 +151,18 @@ class SSELineDecoder:
             end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
             chunk, rest = chunk[:end], chunk[end:]
         # No UTF-8 sequence spans a line end, so all up to the last is decoded at once.
-        if chunk and self.pending:
-            self.pending += chunk
-            text = self.pending.decode("utf-8", "replace")
-            self.pending.clear()
+        pending = self.pending
+        if chunk and pending:
+            pending += chunk
+            text = pending.decode("utf-8", "replace")
+            pending.clear()
         else:
             text = chunk.decode("utf-8", "replace")
         if "\r" in text:
             self.after_cr = text[-1] == "\r" and not rest
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        self.pending += rest
+        if rest:
+            pending += rest
         return text
 
     def _skip(self, chunk: bytes) -> bytes:
@@ -204,10 +206,10 @@ class SSEDecoder:
         """Return the events that `chunk` ends. Raises SSEError over the limit."""
         pending = self._lines.pending
         if not pending:
-            data = self._only_data(chunk)
+            data = self._only_data(chunk) if chunk[:6] == b"data: " else None
             if data is not None:
                 return [ServerSentEvent("message", data, self._id)]
-        elif b"\n" not in chunk and b"\r" not in chunk:
+        elif _LF not in chunk and _CR not in chunk:
             pending += chunk  # the middle of a line, and nothing to look at
             if len(pending) <= self._limit:
                 return []
@@ -215,7 +217,9 @@ class SSEDecoder:
         most = 3 * (len(pending) + len(chunk))  # each bad byte becomes the 3 of U+FFFD
         counting = self._size + most > self._limit
         text = self._lines._whole_lines(chunk)
-        datas = None if counting or not self._between else _plain_datas(text)
+        datas = None
+        if text[:6] == "data: " and self._between and not counting:
+            datas = _plain_datas(text)
         if datas is None:
             lines = text.split("\n")
             lines.pop()
@@ -223,7 +227,8 @@ class SSEDecoder:
             events: list[ServerSentEvent] = []
             (self._take_counting if counting else self._take)(lines, events)
         else:
-            events = [ServerSentEvent("message", data, self._id) for data in datas]
+            id = self._id
+            events = [ServerSentEvent("message", data, id) for data in datas]
         self._at_read = self._between and not (pending or self._lines.after_cr)
         return events
 
@@ -240,7 +245,7 @@ class SSEDecoder:
             if chunk[end:] != b"\r\n\r\n":
                 return None
         data = chunk[6:end]
-        return None if b"\r" in data else data.decode("utf-8", "replace")
+        return None if _CR in data else data.decode("utf-8", "replace")
 
     def decode(self, line: str) -> ServerSentEvent | None:
         """Take one line without its end; return the event that a blank one ends."""
@@ -267,8 +272,7 @@ class SSEDecoder:
                 event, retry = "", None
             elif line[0] != ":":
                 name, _, value = line.partition(":")
-                if value[:1] == " ":
-                    value = value[1:]
+                value = value.removeprefix(" ")
                 if name == "data":
                     data.append(value)
                 elif name == "event":
@@ -312,19 +316,17 @@ class SSEDecoder:
 
 
 def _plain_datas(text: str) -> list[str] | None:
-    """Return the data of each event, if all are one line of data; None if not.
+    """Return the data of events that are one line of it each; None if one is not.
 
-    One split, and no look at each line, is twice as fast where a read has many events.
+    The first begins `data: `. One split, and no look at each line, halves the time.
     """
-    if text[:6] != "data: " or text[-2:] != "\n\n":
-        return None
     end = text.find("\n")
-    if end == len(text) - 2:
+    if text[end:] == "\n\n":
         return [text[6:end]]
-    if text[end : end + 8] != "\n\ndata: ":
+    if text[end : end + 8] != "\n\ndata: " or text[-2:] != "\n\n":
         return None
     datas = text[6:-2].split("\n\ndata: ")
-    return datas if text.count("\n") == 2 * len(datas) else None
+    return None if "\n" in "".join(datas) else datas
 
 
 def _utf8_size(text: str) -> int:
@@ -445,6 +447,12 @@ class _Model:
         shown = [f for f in values if f[1] is not None or "ours" not in f[0].metadata]
         pairs = ", ".join(f"{f.name}={value!r}" for f, value in shown)
         return f"{type(self).__name__}({pairs})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        names = [f.name for f in _fields(self) if f.compare]
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
@@ -576,7 +584,7 @@ def _index(d: Json, position: int) -> int:
     return index if type(index) is int else position
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class TopLogprob(_Model):
     """A likely token at one place; `logprob` is a natural logarithm."""
 
@@ -585,7 +593,7 @@ class TopLogprob(_Model):
     logprob: float = 0.0
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChatCompletionTokenLogprob(_Model):
     """The token that was chosen, and the likeliest ones."""
 
@@ -595,7 +603,7 @@ class ChatCompletionTokenLogprob(_Model):
     top_logprobs: list[TopLogprob] = _built(_many(TopLogprob), list)
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChoiceLogprobs(_Model):
     """Log probabilities of the tokens of a choice."""
 
@@ -607,7 +615,7 @@ class ChoiceLogprobs(_Model):
     )
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class CompletionTokensDetails(_Model):
     """What the tokens of the answer went into."""
 
@@ -617,7 +625,7 @@ class CompletionTokensDetails(_Model):
     rejected_prediction_tokens: int | None = None
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class PromptTokensDetails(_Model):
     """What the tokens of the prompt were."""
 
@@ -625,7 +633,7 @@ class PromptTokensDetails(_Model):
     cached_tokens: int | None = None
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class CompletionUsage(_Model):
     """How many tokens the answer and the prompt took."""
 
@@ -640,7 +648,7 @@ class CompletionUsage(_Model):
     )
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChoiceDeltaToolCallFunction(_Model):
     """A piece of a function call; the pieces of `arguments` make up one JSON text."""
 
@@ -655,7 +663,7 @@ class ChoiceDeltaToolCallFunction(_Model):
         return cls(arguments, name if type(name) is str else None)
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChoiceDeltaFunctionCall(ChoiceDeltaToolCallFunction):
     """A piece of a call in the form that tool calls replaced."""
 
@@ -663,7 +671,7 @@ class ChoiceDeltaFunctionCall(ChoiceDeltaToolCallFunction):
 _function_piece = ChoiceDeltaToolCallFunction._build
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChoiceDeltaToolCall(_Model):
     """A piece of a tool call; some servers give no `index`, others no `id`."""
 
@@ -686,7 +694,7 @@ class ChoiceDeltaToolCall(_Model):
         )
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChoiceDelta(_Model):
     """What a chunk adds to the message of a choice."""
 
@@ -730,11 +738,11 @@ _DELTA = {
 _TOOL_CALL = frozenset({"index", "id", "function", "type"})
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChatCompletionChunk(_Model):
     """One event of a streamed answer; `raw` is all that the server sent in it."""
 
-    @dataclass(repr=False)
+    @dataclass(repr=False, eq=False)
     class Choice(_Model):
         """What a chunk adds to one of the answers."""
 
@@ -801,7 +809,7 @@ _logprobs = _one(ChoiceLogprobs)
 _usage = _one(CompletionUsage)
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Function(_Model):
     """The function to call; `arguments` is a JSON text, as the model wrote it."""
 
@@ -809,12 +817,12 @@ class Function(_Model):
     name: str = _built(_encodable, "")
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class FunctionCall(Function):
     """A call in the form that tool calls replaced."""
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChatCompletionMessageToolCall(_Model):
     """A tool call; `extra` has Gemini's `extra_content`, which it wants back."""
 
@@ -824,7 +832,7 @@ class ChatCompletionMessageToolCall(_Model):
     extra: Json | None = _ours()
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChatCompletionMessage(_Model):
     """The message of an answer; it can stand in the `messages` of the next turn."""
 
@@ -849,14 +857,14 @@ class ChatCompletionMessage(_Model):
         )
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ChatCompletion(_Model):
     """A whole answer, or what has come of it.
 
     `raw` is all that the server sent; of a stream, what it would have sent at once.
     """
 
-    @dataclass(repr=False)
+    @dataclass(repr=False, eq=False)
     class Choice(_Model):
         """One of the answers; `finish_reason` is None where it was cut off."""
 
@@ -1763,7 +1771,9 @@ class _Request:
 
         A server that was silent is not asked again: it may be at work on the answer.
         """
-        wait = min(8.0, 0.5 * 2.0**attempt) * random.uniform(0.75, 1.0)
+        from random import uniform  # importing it takes 2 ms
+
+        wait = min(8.0, 0.5 * 2.0**attempt) * uniform(0.75, 1.0)
         if isinstance(error, APIStatusError):
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             wait = wait if error.retry_after is None else error.retry_after
