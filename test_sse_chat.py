@@ -316,6 +316,18 @@ SSE_STREAMS = st.lists(
     st.sampled_from(FIELDS) | st.sampled_from(TOKENS) | st.binary(max_size=3)
 ).map(b"".join)
 
+# Reads that are one event or some, or nearly: most are, and they are taken faster.
+PLAIN = st.tuples(
+    st.sampled_from(
+        [b"data: ", b"data: ", b"data: ", b"id: 1\ndata: ", b": c\n\n", b""]
+    ),
+    st.lists(
+        st.sampled_from([b"x", b"\r", b"\n", b"\ndata: ", b"\xff"]), max_size=3
+    ).map(b"".join),
+    st.sampled_from([b"\n\n", b"\n\n", b"\r\n\r\n", b"\r\r", b"\n", b"\r\n\n", b""]),
+).map(b"".join)
+READS = st.lists(st.lists(PLAIN, min_size=1, max_size=3).map(b"".join))
+
 
 def finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run what has nothing to wait for; an event loop for each would take too long."""
@@ -346,8 +358,9 @@ def through_lines(lines: Iterable[str]) -> Decoded:
 
 
 @settings(max_examples=300, deadline=None)
-@given(cuttings(SSE_STREAMS))
+@given(cuttings(SSE_STREAMS) | READS)
 @example([b"\xef", b"\xbb", b"\xbf\r", b"\ndata: x\r", b"\n\r", b"\ndata: y\n\r"])
+@example([b"data: x\n\ndata: y\n", b"data: z\n\n"])
 def test_any_bytes_cut_anywhere_decode_as_the_standard_says(
     pieces: list[bytes],
 ) -> None:
@@ -438,6 +451,13 @@ def test_a_line_comes_out_as_soon_as_its_end_is_there() -> None:
     pieces = [b"a\r", b"\n", b"", b"b", b"\r", b"", b"\nc\n", b"\n", b"d"]
     lines = [["a"], [], [], [], ["b"], [], ["c"], [""], []]
     assert [decoder.feed(piece) for piece in pieces] == lines
+
+
+def test_lines_and_bytes_may_come_in_turns() -> None:
+    decoder = SSEDecoder()
+    assert decoder.feed(b"data: x\n\n") == [as_event("x")]
+    assert decoder.decode("data: y") is None
+    assert decoder.feed(b"data: z\n\n") == [as_event("y\nz")]
 
 
 def test_an_id_counts_from_the_blank_line_on() -> None:
@@ -597,7 +617,7 @@ def test_the_limit_is_of_one_event(event: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(cuttings(SSE_STREAMS), st.integers(3, 30))
+@given(cuttings(SSE_STREAMS) | READS, st.integers(3, 30))
 @example([b"\xef\xbb\xbfdata: x", b"\n\n"], 8)
 @example([b"data: x\n", *[b":\n"] * 20, b"\n"], 10)
 def test_the_limit_is_met_at_the_same_event_however_cut(
