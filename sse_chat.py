@@ -200,7 +200,7 @@ class SSEDecoder:
         self._id = ""  # becomes last_event_id at the blank line, not before
         self._retry: int | None = None
         self._between = True  # nothing of an event is there
-        self._at_read = False  # nor of a line: a read can be taken by itself
+        self._at_read = False  # nor of a line: the next read can be taken by itself
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that `chunk` ends. Raises SSEError over the limit."""
@@ -223,7 +223,7 @@ class SSEDecoder:
         if datas is None:
             lines = text.split("\n")
             lines.pop()
-            del text  # a large event is there but twice
+            del text  # a large event is in memory twice, not three times
             events: list[ServerSentEvent] = []
             (self._take_counting if counting else self._take)(lines, events)
         else:
@@ -233,9 +233,9 @@ class SSEDecoder:
         return events
 
     def _only_data(self, chunk: bytes) -> str | None:
-        """Return the data where a read is one event of one line, as most reads are.
+        """Return the data of a read that is one event of one line, None for others.
 
-        Not a text to be split, it takes half the time of others.
+        Most reads are that. Without a look at each line they take half the time.
         """
         if not self._at_read or chunk[:6] != b"data: " or 3 * len(chunk) > self._limit:
             return None
@@ -316,9 +316,9 @@ class SSEDecoder:
 
 
 def _plain_datas(text: str) -> list[str] | None:
-    """Return the data of events that are one line of it each; None if one is not.
+    """Return the data of events that are one line each, None if there are others.
 
-    The first begins `data: `. One split, and no look at each line, halves the time.
+    Reads of many events are mostly that. The first line is known to be of data.
     """
     end = text.find("\n")
     if text[end:] == "\n\n":

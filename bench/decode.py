@@ -463,7 +463,7 @@ SIZES: dict[str, tuple[Callable[[Pieces], None], Size, dict[int, int]]] = {
     "bytes of one event": (
         _events,
         lambda size: one_event(size).blocks,
-        {65_536: 2**19, 1_460: 2**19, 16: 2**16, 1: 2**12},
+        {65_536: 2**18, 1_460: 2**18, 16: 2**16, 1: 2**12},
     ),
     "data lines of one event": (
         _events,
@@ -473,7 +473,7 @@ SIZES: dict[str, tuple[Callable[[Pieces], None], Size, dict[int, int]]] = {
     "bytes of one comment": (
         _events,
         lambda size: [b":", b"x" * size, b"\n\n"],
-        {65_536: 2**19, 1_460: 2**19, 16: 2**16, 1: 2**12},
+        {65_536: 2**18, 1_460: 2**18, 16: 2**16, 1: 2**12},
     ),
     "blank lines": (
         _events,
