@@ -34,7 +34,6 @@ import json
 import os
 import re
 import sys
-import threading
 import time
 import weakref
 import zlib
@@ -43,9 +42,12 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 
+# Start-up counts: what only some uses need is imported where they begin, and typing,
+# a fifth of it, is not imported at run time.
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing is not imported at run time: it is a fifth of the start-up
+if TYPE_CHECKING:
     import argparse
+    import threading
     from collections.abc import (
         Awaitable,
         Callable,
@@ -663,7 +665,6 @@ class ChoiceDeltaToolCallFunction(_Model):
         return cls(arguments, name if type(name) is str else None)
 
 
-@dataclass(repr=False, eq=False)
 class ChoiceDeltaFunctionCall(ChoiceDeltaToolCallFunction):
     """A piece of a call in the form that tool calls replaced."""
 
@@ -817,7 +818,6 @@ class Function(_Model):
     name: str = _built(_encodable, "")
 
 
-@dataclass(repr=False, eq=False)
 class FunctionCall(Function):
     """A call in the form that tool calls replaced."""
 
@@ -1976,6 +1976,8 @@ def _alarm(
     httpx bounds each read, but no number of reads. A thread does it for sync code, for
     asyncio and for trio alike.
     """
+    import threading
+
     timer = threading.Timer(max(0.0, seconds), lambda: rings() and _shut(response))
     timer.daemon = True
     timer.start()
@@ -2568,6 +2570,7 @@ def demo_server(delay: float = 0.0) -> Iterator[str]:
 
     It answers about the prompt that it gets, with `delay` seconds between tokens.
     """
+    import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Handler(BaseHTTPRequestHandler):
@@ -2797,14 +2800,12 @@ def _base_url(given: str | None) -> str | None:
     return f"{scheme or 'http'}://{name}:{port}{(slash + path).rstrip('/')}/v1"
 
 
-_CONTROLS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
+_CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
 
 def _printable(text: str) -> str:
     """Return text that cannot steer a terminal: control and bidi characters escaped."""
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Terminal:
@@ -2967,6 +2968,8 @@ class _Spinner:
     """Turns on a terminal's standard error until it is stopped, and leaves no trace."""
 
     def __init__(self) -> None:
+        import threading
+
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.turn, daemon=True)
         if sys.stderr.isatty():

@@ -329,7 +329,7 @@ def decode(quick: bool) -> Part:
         rows = []
         for workload in decode_workloads(chats, other, large):
             for cut in cuts:
-                samples, verdicts = time_decode(workload, cut, 1 if quick else 5)
+                samples, verdicts = time_decode(workload, cut, 1 if quick else 9)
                 key = f"{workload.name}, {CUT_NAMES[cut]}"
                 rows.append([key, *cells(samples, verdicts, others)])
                 part.data[key] = {
