@@ -712,8 +712,10 @@ class ChoiceDelta(_Model):
         content = d.get("content")
         if type(content) is str and len(d) == 1 + ("role" in d):  # most are: 3 x faster
             return cls(content, None, None, d.get("role"))
-        content, reasoning = _content(d)
         call, calls = d.get("function_call"), d.get("tool_calls")
+        if calls is not None and len(d) == 1:  # as most pieces of calls come
+            return cls(None, None, None, None, _tool_call_pieces(calls))
+        content, reasoning = _content(d)
         return cls(
             content,
             None if call is None else _function_call_piece(call),

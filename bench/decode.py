@@ -389,7 +389,7 @@ def decode_figures(ratios: dict[tuple[str, int, str], Figure]) -> dict[str, Figu
 def typed(quick: bool) -> Part:
     """Bytes to chunk objects."""
     part = Part()
-    count = 50 if quick else 2_000
+    count = 50 if quick else 1_000
     others = ("openai", "recipe", "floor")
     found: dict[tuple[str, str], Figure] = {}
     rows = []
@@ -399,7 +399,7 @@ def typed(quick: bool) -> Part:
             floors = {"floor": partial(exhaust, typed_floor, workload.blocks)}
             expected = [json.loads(data) for _, data, _ in workload.events]
             samples, verdicts = time_contenders(
-                READERS, floors, as_payload, pieces, expected, 1 if quick else 7
+                READERS, floors, as_payload, pieces, expected, 1 if quick else 21
             )
             key = f"{workload.name}, {CUT_NAMES[cut]}"
             rows.append([key, *cells(samples, verdicts, others)])

@@ -118,6 +118,8 @@ def main() -> None:
     add("--verbose", action="store_true", help="llama.cpp's log on stderr")
     add("--with-parent", action="store_true", help="end when the calling process does")
     args = parser.parse_args()
+    if not 0 <= args.port < 65_536:
+        parser.error("--port is 0 to 65535")
     # As an exception a signal also ends an installation and removes what it made.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

@@ -74,7 +74,7 @@ def end_to_end(quick: bool) -> Part:
     with server() as address, clients(ALL, f"{address}/{events}/0/v1") as contenders:
         check(contenders, events)
         samples = interleave(
-            {name: partial(run, name) for name in ALL}, 1 if quick else 9
+            {name: partial(run, name) for name in ALL}, 1 if quick else 15
         )
     part.tables.append(
         _table(f"end to end: {events:,} events a stream, flat out", samples, first)
