@@ -1415,9 +1415,7 @@ class _AnswerDecoder:
         It is an error if the name of the event has `told` so.
         """
         try:
-            payload, end = _scan(data)
-            if end < len(data):
-                payload = json.loads(data)
+            payload = _parse_json(data)
             if told or type(payload) is not dict or not payload.get("choices"):
                 self._check(payload, told, data)
             chunk = ChatCompletionChunk._build(payload)

@@ -1818,6 +1818,20 @@ async def agather(pieces: Any, **options: Any) -> tuple[list[Any], Exception | N
     return chunks, None
 
 
+@pytest.mark.parametrize(
+    "around", ["data: %s", "data:  %s ", "data: \t%s", "data:\ndata: %s"]
+)
+def test_white_space_around_the_json_of_an_event(around: str) -> None:
+    first, last = (
+        json.dumps(chunk_dict({"index": 0, "delta": {"content": text}} | end))
+        for text, end in (("a", {}), ("b", {"finish_reason": "stop"}))
+    )
+    reads = [f"{around % data}\n\n".encode() for data in (first, last)]
+    for pieces in (reads, [b"".join(reads)]):
+        chunks, error = gather(pieces)
+        assert ([chunk.text for chunk in chunks], error) == (["a", "b"], None)
+
+
 def test_iter_chunks_takes_an_os_error_for_the_end() -> None:
     def broken() -> Any:
         yield b"".join(SAID)
