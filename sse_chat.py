@@ -208,7 +208,7 @@ class SSEDecoder:
         """Return the events that `chunk` ends. Raises SSEError over the limit."""
         pending = self._lines.pending
         if not pending:
-            data = self._only_data(chunk) if chunk[:6] == b"data: " else None
+            data = self._only_data(chunk)
             if data is not None:
                 return [ServerSentEvent("message", data, self._id)]
         elif _LF not in chunk and _CR not in chunk:
@@ -219,9 +219,7 @@ class SSEDecoder:
         most = 3 * (len(pending) + len(chunk))  # each bad byte becomes the 3 of U+FFFD
         counting = self._size + most > self._limit
         text = self._lines._whole_lines(chunk)
-        datas = None
-        if text[:6] == "data: " and self._between and not counting:
-            datas = _plain_datas(text)
+        datas = _plain_datas(text) if self._between and not counting else None
         if datas is None:
             lines = text.split("\n")
             lines.pop()
@@ -320,8 +318,10 @@ class SSEDecoder:
 def _plain_datas(text: str) -> list[str] | None:
     """Return the data of events that are one line each, None if there are others.
 
-    Reads of many events are mostly that. The first line is known to be of data.
+    Reads of many events are mostly that.
     """
+    if text[:6] != "data: ":
+        return None
     end = text.find("\n")
     if text[end:] == "\n\n":
         return [text[6:end]]
@@ -506,15 +506,7 @@ def _one(model: type[_Model]) -> Callable[[Any], Any]:
 
 def _many(model: type[_Model]) -> Callable[[Any], Any]:
     build = model._build
-
-    def build_each(sent: Any) -> list[Any]:
-        made = []
-        for item in sent if type(sent) is list else ():
-            if type(item) is dict:
-                made.append(build(item))
-        return made
-
-    return build_each
+    return lambda sent: list(map(build, _dicts(sent)))
 
 
 def _dicts(sent: Any) -> list[Json]:
@@ -1067,13 +1059,11 @@ class _Answer:
 
     def add(self, delta: ChoiceDelta) -> None:
         if delta.content is not None:
-            self.content += delta.content.encode("utf-8", "surrogatepass")
+            self.content += _to_bytes(delta.content)
             self.has_content = True
-        if not self.role:
-            self.role = delta.role
-        if delta.tool_calls is not None:
-            for piece in delta.tool_calls:
-                self.call_of(piece).add(piece)
+        self.role = self.role or delta.role
+        for piece in delta.tool_calls or ():
+            self.call_of(piece).add(piece)
         if delta.reasoning_content is not None:
             self.write("reasoning_content", delta.reasoning_content)
         if delta.refusal is not None:
@@ -1100,9 +1090,7 @@ class _Answer:
             call = self.latest.get(id)
         else:
             call = self.calls[-1] if self.calls else None
-        if call is not None and not id:
-            return call
-        if call is None or (call.id and call.id != id):
+        if call is None or (id and call.id and id != call.id):
             call = _ToolCall(len(self.calls) if index is None else index)
             self.calls.append(call)
         if index is not None:
@@ -1142,20 +1130,16 @@ class _ToolCall:
         self.extra: Json = {}
 
     def add(self, piece: ChoiceDeltaToolCall) -> None:
-        if not self.id:
-            self.id = piece.id or ""
-        if piece.type is not None:
-            self.type = piece.type or self.type
+        self.id = self.id or piece.id or ""
+        self.type = piece.type or self.type
         if piece.function is not None:
             self.add_function(piece.function)
         if piece.extra is not None:
             _merge(self.extra, piece.extra)
 
     def add_function(self, piece: ChoiceDeltaToolCallFunction) -> None:
-        if not self.name:
-            self.name = piece.name or ""
-        if piece.arguments is not None:
-            self.arguments += _to_bytes(piece.arguments)
+        self.name = self.name or piece.name or ""
+        self.arguments += _to_bytes(piece.arguments or "")
 
     def function(self) -> Json:
         return {"arguments": _to_text(self.arguments), "name": self.name}
@@ -1337,20 +1321,19 @@ class _AnswerDecoder:
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         """Give the chunks that `data` ends; raise where the body goes wrong."""
-        if self._kind == "stream" and self._inflater is None and not self._late:
-            only = self._events._only_data(data)
-            if only is not None:  # as a rule; saves an event and a generator
-                chunk = self._chunk(only)
-                return () if chunk is None else (chunk,)
         if self._inflater is None:
             return self._feed(data)
         return itertools.chain.from_iterable(map(self._feed, self._inflated(data)))
 
-    def _feed(self, data: bytes) -> Iterator[ChatCompletionChunk]:
+    def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         if self._late:
             raise self._verdict(None)
         if self._kind != "stream":
             data = self._recognise(data)
+        only = self._events._only_data(data)
+        if only is not None:  # as a rule; saves an event and a generator
+            chunk = self._chunk(only)
+            return () if chunk is None else (chunk,)
         try:
             return self._chunks(self._events.feed(data))
         except SSEError as error:
