@@ -16,10 +16,10 @@ Bytes come in at the top of this file and answers leave at its bottom:
           ─ ChatCompletionChunk.from_dict ─▶ chunk ─ ChatAccumulator ─▶ ChatCompletion
 
 Every decision (what a line is, what an event is, how an answer ended, whether to try
-again) is made in code that does no I/O; the sync and async classes stand next to each
-other and differ in keywords only. The promise of it all: a broken answer is never taken
-for a whole one. An answer that stops early raises an `APIError`, and what had come is
-on it, in `.completion`.
+again) is made in code that does no I/O; sync and async code stand next to each other
+and differ in keywords only. The promise of it all: a broken answer is never taken for
+a whole one. An answer that stops early raises an `APIError`, and what had come is on
+it, in `.completion`.
 
 As a program: `python sse_chat.py "prompt"`, or `--demo` where no server is running.
 """
@@ -28,52 +28,66 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
-import weakref
 import zlib
-from binascii import b2a_base64
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from base64 import b64encode
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import (
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-# Start-up counts: what only some uses need is imported where they begin, and typing,
-# a fifth of it, is not imported at run time.
-TYPE_CHECKING = False
+# Start-up counts: httpx, and what only some uses need, is imported where those begin.
 if TYPE_CHECKING:
     import argparse
-    import threading
-    from collections.abc import (
-        Awaitable,
-        Callable,
-        Collection,
-        Coroutine,
-        Mapping,
-        Sequence,
-    )
-    from dataclasses import Field
-    from typing import Any, ParamSpec, TypeVar
 
-    import httpx
-    from typing_extensions import Self
+    from httpx import AsyncClient, Client, Response, Timeout
+else:  # for whoever reads the annotations at run time
+    AsyncClient = Client = Response = Timeout = Any
 
-    P = ParamSpec("P")
-    T = TypeVar("T")
-    E = TypeVar("E", bound="APIError")
+P = ParamSpec("P")
+T = TypeVar("T")
+M = TypeVar("M", bound="_Model")
+E = TypeVar("E", bound="APIError")
 
-    Json = dict[str, Any]
-    Messages = str | Sequence[Mapping[str, Any] | "ChatCompletionMessage"]
+Json = dict[str, Any]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The most bytes one event may have, or one JSON body: a whole answer with its log
 # probabilities or an image fits; without any bound one endless line fills the memory.
 DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024
+
+# The most choices of an answer, and tool calls of a choice; and how deep JSON may be in
+# what is merged as it came. Without them 1.5 MB of `{},{},…` take 800 MB.
+MAX_CHOICES = 1024
+MAX_DEPTH = 100
 
 # ------------------------------------------------------------------------------------
 # Server-sent events: HTML Living Standard, section 9.2
@@ -88,7 +102,7 @@ class SSEError(Exception):
         self.events = list(events)
 
 
-@dataclass
+@dataclass(frozen=True, init=False)
 class ServerSentEvent:
     """One event: its type, its data, the last event id, `retry` in milliseconds."""
 
@@ -97,6 +111,20 @@ class ServerSentEvent:
     id: str = ""
     retry: int | None = None
 
+    def __init__(
+        self,
+        event: str = "message",
+        data: str = "",
+        id: str = "",
+        retry: int | None = None,
+    ) -> None:
+        # What dataclass makes for a frozen class takes twice the time, for each event.
+        values = self.__dict__
+        values["event"] = event
+        values["data"] = data
+        values["id"] = id
+        values["retry"] = retry
+
     def json(self) -> Any:
         """Return the data parsed as JSON. Raises ValueError where it is none."""
         return json.loads(self.data)
@@ -104,9 +132,10 @@ class ServerSentEvent:
     def encode(self) -> bytes:
         """Return the event as bytes of a stream: decoding them gives it back.
 
-        The id is always there, or the one of an earlier event would stand. Raises
-        ValueError for what no stream can carry: a CR, a line end in a name or an id, a
-        NUL in an id, half a surrogate pair.
+        An id of "" is not written, so a stream in which an id has come before keeps
+        that one. To keep a connection alive between events, send `b": ping\\n\\n"`.
+        Raises ValueError for what no stream can carry: a CR, a line end in a name or
+        an id, a NUL in an id, half a surrogate pair.
         """
         if "\r" in self.data or re.search("[\r\n]", self.event + self.id):
             raise ValueError(
@@ -116,10 +145,13 @@ class ServerSentEvent:
             raise ValueError(
                 "no event has an empty name, NUL in its id, a retry under 0"
             )
-        lines = [f"id: {self.id}", f"event: {self.event}"]
+        lines = ["data: " + line for line in self.data.split("\n")]
         if self.retry is not None:
-            lines.append(f"retry: {self.retry}")
-        lines += ["data: " + line for line in self.data.split("\n")]
+            lines.insert(0, f"retry: {self.retry}")
+        if self.event != "message":
+            lines.insert(0, f"event: {self.event}")
+        if self.id:
+            lines.insert(0, f"id: {self.id}")
         return ("\n".join(lines) + "\n\n").encode()
 
 
@@ -195,6 +227,7 @@ class SSEDecoder:
         self.retry: int | None = None
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
         self._overflow = ""  # stays: after a lost event the rest is no stream
+        self._began = ""  # that event, as far as it had come
         self._lines = SSELineDecoder()
         self._data: list[str] = []  # joined once, or many lines would cost their square
         self._size = 0  # bytes of _data
@@ -300,11 +333,12 @@ class SSEDecoder:
                     self._set_overflow((self._data or [line])[0])
         pending = self._lines.pending
         if len(pending) > self._limit and not self._overflow:
-            self._set_overflow(pending[:200].decode("utf-8", "replace"))
+            self._set_overflow(pending.decode("utf-8", "replace"))
         if self._overflow:
             raise SSEError(self._overflow, events)
 
     def _set_overflow(self, began: str) -> None:
+        self._began = began
         self._overflow = f"an event of more than {self._limit} bytes: {began[:200]!r}"
         self._limit = -1
         self._data.clear()
@@ -358,7 +392,17 @@ def iter_sse(
     chunks: Iterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> Iterator[ServerSentEvent]:
     """Give the events of a stream of bytes. Raises SSEError for one over the limit."""
-    decoder = SSEDecoder(max_event_bytes)
+    return _decoded(SSEDecoder(max_event_bytes), chunks)
+
+
+def aiter_sse(
+    chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
+) -> AsyncIterator[ServerSentEvent]:
+    """Async twin of `iter_sse`."""
+    return _adecoded(SSEDecoder(max_event_bytes), chunks)
+
+
+def _decoded(decoder: SSEDecoder, chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
     try:
         for chunk in chunks:
             for event in decoder.feed(chunk):
@@ -369,11 +413,9 @@ def iter_sse(
         raise
 
 
-async def aiter_sse(
-    chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
+async def _adecoded(
+    decoder: SSEDecoder, chunks: AsyncIterable[bytes]
 ) -> AsyncIterator[ServerSentEvent]:
-    """Async twin of `iter_sse`."""
-    decoder = SSEDecoder(max_event_bytes)
     try:
         async for chunk in chunks:
             for event in decoder.feed(chunk):
@@ -385,21 +427,35 @@ async def aiter_sse(
 
 
 class EventSource:
-    """The events of an httpx response; SSEError where it is no event stream."""
+    """The events of an httpx response; SSEError where it is no event stream.
 
-    def __init__(self, response: httpx.Response) -> None:
+    `last_event_id` and `retry` (milliseconds, or None) are those of the stream so far,
+    also from blocks without data: what connecting again wants to know.
+    """
+
+    def __init__(self, response: Response, max_event_bytes: int | None = None) -> None:
         self.response = response
+        self._decoder = SSEDecoder(max_event_bytes)
+
+    @property
+    def last_event_id(self) -> str:
+        """What to send as `Last-Event-ID` when connecting again."""
+        return self._decoder.last_event_id
+
+    @property
+    def retry(self) -> int | None:
+        """Milliseconds to wait before connecting again, None if it was not said."""
+        return self._decoder.retry
 
     def iter_sse(self) -> Iterator[ServerSentEvent]:
         """Give the events as they come."""
         self._check_content_type()
-        yield from iter_sse(self.response.iter_bytes())
+        return _decoded(self._decoder, self.response.iter_bytes())
 
-    async def aiter_sse(self) -> AsyncIterator[ServerSentEvent]:
+    def aiter_sse(self) -> AsyncIterator[ServerSentEvent]:
         """Give the events as they come."""
         self._check_content_type()
-        async for event in aiter_sse(self.response.aiter_bytes()):
-            yield event
+        return _adecoded(self._decoder, self.response.aiter_bytes())
 
     def _check_content_type(self) -> None:
         got = self.response.headers.get("content-type", "")
@@ -409,20 +465,30 @@ class EventSource:
 
 @contextmanager
 def connect_sse(
-    client: httpx.Client, method: str, url: str, **kwargs: Any
+    client: Client,
+    method: str,
+    url: str,
+    *,
+    max_event_bytes: int | None = None,
+    **kwargs: Any,
 ) -> Iterator[EventSource]:
     """Ask for an event stream; `kwargs` are those of `client.stream`."""
     with client.stream(method, url, **_asking_for_events(kwargs)) as response:
-        yield EventSource(response)
+        yield EventSource(response, max_event_bytes)
 
 
 @asynccontextmanager
 async def aconnect_sse(
-    client: httpx.AsyncClient, method: str, url: str, **kwargs: Any
+    client: AsyncClient,
+    method: str,
+    url: str,
+    *,
+    max_event_bytes: int | None = None,
+    **kwargs: Any,
 ) -> AsyncIterator[EventSource]:
     """Async twin of `connect_sse`."""
     async with client.stream(method, url, **_asking_for_events(kwargs)) as response:
-        yield EventSource(response)
+        yield EventSource(response, max_event_bytes)
 
 
 def _asking_for_events(kwargs: Json) -> Json:
@@ -457,12 +523,12 @@ class _Model:
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @classmethod
-    def from_dict(cls, d: Json) -> Self:
+    def from_dict(cls: type[M], d: Json) -> M:
         """Build it from what a server sent, whatever is missing, null or unknown."""
         return cls._build(d)
 
     @classmethod
-    def _build(cls, d: Json) -> Self:
+    def _build(cls: type[M], d: Json) -> M:
         made = cls()
         names = {f.name: f.metadata.get("build") for f in _fields(cls)}
         for name in d.keys() & names.keys() - {"extra", "raw"}:
@@ -573,11 +639,6 @@ def _ending(d: Json) -> str | None:
     return _string(d.get("finish_reason") or d.get("finishReason")) or None
 
 
-def _index(d: Json, position: int) -> int:
-    index = d.get("index")
-    return index if type(index) is int else position
-
-
 @dataclass(repr=False, eq=False)
 class TopLogprob(_Model):
     """A likely token at one place; `logprob` is a natural logarithm."""
@@ -650,15 +711,11 @@ class ChoiceDeltaToolCallFunction(_Model):
     name: str | None = None
 
     @classmethod
-    def _build(cls, d: Json) -> Self:
+    def _build(cls, d: Json) -> ChoiceDeltaToolCallFunction:
         arguments, name = d.get("arguments"), d.get("name")
         if type(arguments) is not str:
             arguments = _arguments(arguments)
         return cls(arguments, name if type(name) is str else None)
-
-
-class ChoiceDeltaFunctionCall(ChoiceDeltaToolCallFunction):
-    """A piece of a call in the form that tool calls replaced."""
 
 
 _function_piece = ChoiceDeltaToolCallFunction._build
@@ -692,7 +749,7 @@ class ChoiceDelta(_Model):
     """What a chunk adds to the message of a choice."""
 
     content: str | None = None
-    function_call: ChoiceDeltaFunctionCall | None = None
+    function_call: Json | None = None
     refusal: str | None = None
     role: str | None = None
     tool_calls: list[ChoiceDeltaToolCall] | None = None
@@ -701,107 +758,31 @@ class ChoiceDelta(_Model):
 
     @classmethod
     def _build(cls, d: Json) -> ChoiceDelta:
-        content = d.get("content")
+        content, role = d.get("content"), d.get("role")
         if type(content) is str and len(d) == 1 + ("role" in d):  # most are: 3 x faster
-            return cls(content, None, None, d.get("role"))
+            return cls(content, None, None, role)
         call, calls = d.get("function_call"), d.get("tool_calls")
         if calls is not None and len(d) == 1:  # as most pieces of calls come
             return cls(None, None, None, None, _tool_call_pieces(calls))
         content, reasoning = _content(d)
         return cls(
             content,
-            None if call is None else _function_call_piece(call),
+            call if type(call) is dict else None,
             _string(d.get("refusal")),
-            d.get("role"),
+            role,
             None if calls is None else _tool_call_pieces(calls),
             reasoning,
             None if _DELTA.issuperset(d) else _beyond(_DELTA, d),
         )
 
 
-_function_call_piece = _one(ChoiceDeltaFunctionCall)
-_tool_call_pieces = _many(ChoiceDeltaToolCall)
-_DELTA = {
-    "content",
-    "role",
-    "function_call",
-    "refusal",
-    "tool_calls",
-    "reasoning_content",
-    "reasoning",
-}
-_TOOL_CALL = frozenset({"index", "id", "function", "type"})
+def _tool_call_pieces(sent: Any) -> list[ChoiceDeltaToolCall]:
+    # One more than are allowed is enough to be refused.
+    return list(map(ChoiceDeltaToolCall._build, _dicts(sent)[: MAX_CHOICES + 1]))
 
 
-@dataclass(repr=False, eq=False)
-class ChatCompletionChunk(_Model):
-    """One event of a streamed answer; `raw` is all that the server sent in it."""
-
-    @dataclass(repr=False, eq=False)
-    class Choice(_Model):
-        """What a chunk adds to one of the answers."""
-
-        delta: ChoiceDelta = field(default_factory=ChoiceDelta)
-        finish_reason: str | None = None
-        index: int = 0
-        logprobs: ChoiceLogprobs | None = None
-
-        @classmethod
-        def _build(cls, d: Json, position: int = 0) -> ChatCompletionChunk.Choice:
-            delta, index, logprobs = d.get("delta"), d.get("index"), d.get("logprobs")
-            ending = d.get("finish_reason")
-            return cls(
-                ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
-                None if ending is None and "finishReason" not in d else _ending(d),
-                index if type(index) is int else position,
-                None if logprobs is None else _logprobs(logprobs),
-            )
-
-    id: str = ""
-    choices: list[Choice] = field(default_factory=list)
-    created: int = 0
-    model: str = ""
-    object: str = "chat.completion.chunk"
-    service_tier: str | None = None
-    system_fingerprint: str | None = None
-    usage: CompletionUsage | None = None
-    raw: Json = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def _build(cls, d: Json) -> ChatCompletionChunk:
-        given, usage = d.get("choices"), d.get("usage")
-        choices: list[ChatCompletionChunk.Choice] = []
-        for sent in given if type(given) is list else ():
-            if type(sent) is dict:
-                choices.append(_chunk_choice(sent, len(choices)))
-        return cls(
-            d.get("id") or "",
-            choices,
-            d.get("created") or 0,
-            d.get("model") or "",
-            d.get("object") or "chat.completion.chunk",
-            d.get("service_tier"),
-            d.get("system_fingerprint"),
-            None if usage is None else _usage(usage),
-            d,
-        )
-
-    @property
-    def text(self) -> str:
-        """What it adds to the text of the first answer (index 0), "" for nothing."""
-        return "".join(c.delta.content or "" for c in self.choices if c.index == 0)
-
-    @property
-    def reasoning(self) -> str:
-        """What it adds to the reasoning of the first answer (index 0)."""
-        return "".join(
-            c.delta.reasoning_content or "" for c in self.choices if c.index == 0
-        )
-
-
-_chunk_choice = ChatCompletionChunk.Choice._build
-_logprobs = _one(ChoiceLogprobs)
-_usage = _one(CompletionUsage)
+_DELTA = {f.name for f in fields(ChoiceDelta)} - {"extra"} | {"reasoning"}
+_TOOL_CALL = {f.name for f in fields(ChoiceDeltaToolCall)} - {"extra"}
 
 
 @dataclass(repr=False, eq=False)
@@ -810,10 +791,6 @@ class Function(_Model):
 
     arguments: str = _built(lambda sent: _encodable(_arguments(sent)), "")
     name: str = _built(_encodable, "")
-
-
-class FunctionCall(Function):
-    """A call in the form that tool calls replaced."""
 
 
 @dataclass(repr=False, eq=False)
@@ -835,7 +812,7 @@ class ChatCompletionMessage(_Model):
     role: str = "assistant"
     annotations: list[Json] | None = None
     audio: Json | None = None
-    function_call: FunctionCall | None = _built(_one(FunctionCall))
+    function_call: Json | None = None
     tool_calls: list[ChatCompletionMessageToolCall] | None = _built(
         _many(ChatCompletionMessageToolCall)
     )
@@ -852,7 +829,92 @@ class ChatCompletionMessage(_Model):
 
 
 @dataclass(repr=False, eq=False)
-class ChatCompletion(_Model):
+class _Answer(_Model):
+    """What chunks and whole answers have in common."""
+
+    id: str = _built(_encodable, "")
+    choices: list[Any] = field(default_factory=list)
+    created: int = 0
+    model: str = _built(_encodable, "")
+    object: str = ""
+    service_tier: str | None = None
+    system_fingerprint: str | None = None
+    usage: CompletionUsage | None = _built(_one(CompletionUsage))
+    raw: Json = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def text(self) -> str:
+        """The text of the first answer (index 0) in it, "" for none."""
+        return "".join([said.content or "" for said in self._said()])
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning of the first answer (index 0) in it, "" for none."""
+        return "".join([said.reasoning_content or "" for said in self._said()])
+
+    def _said(self) -> list[Any]:
+        raise NotImplementedError
+
+
+@dataclass(repr=False, eq=False)
+class ChatCompletionChunk(_Answer):
+    """One event of a streamed answer; `raw` is all that the server sent in it."""
+
+    @dataclass(repr=False, eq=False)
+    class Choice(_Model):
+        """What a chunk adds to one of the answers."""
+
+        delta: ChoiceDelta = field(default_factory=ChoiceDelta)
+        finish_reason: str | None = None
+        index: int = 0
+        logprobs: ChoiceLogprobs | None = None
+
+        @classmethod
+        def _build(cls, d: Json, position: int = 0) -> ChatCompletionChunk.Choice:
+            # A message is there where an answer comes in one piece.
+            delta, index, logprobs = d.get("delta"), d.get("index"), d.get("logprobs")
+            delta = delta if type(delta) is dict else d.get("message")
+            ending = d.get("finish_reason")
+            return cls(
+                ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
+                None if ending is None and "finishReason" not in d else _ending(d),
+                index if type(index) is int else position,
+                None if logprobs is None else _logprobs(logprobs),
+            )
+
+    choices: list[Choice] = field(default_factory=list)
+    object: str = "chat.completion.chunk"
+
+    @classmethod
+    def _build(cls, d: Json) -> ChatCompletionChunk:
+        given, usage = d.get("choices"), d.get("usage")
+        choices: list[ChatCompletionChunk.Choice] = []
+        for sent in given[: MAX_CHOICES + 1] if type(given) is list else ():
+            if type(sent) is dict:
+                choices.append(_chunk_choice(sent, len(choices)))
+        return cls(
+            d.get("id") or "",
+            choices,
+            d.get("created") or 0,
+            d.get("model") or "",
+            d.get("object") or "chat.completion.chunk",
+            d.get("service_tier"),
+            d.get("system_fingerprint"),
+            None if usage is None else _usage(usage),
+            d,
+        )
+
+    def _said(self) -> list[ChoiceDelta]:
+        return [choice.delta for choice in self.choices if choice.index == 0]
+
+
+_chunk_choice = ChatCompletionChunk.Choice._build
+_logprobs = _one(ChoiceLogprobs)
+_usage = _one(CompletionUsage)
+
+
+@dataclass(repr=False, eq=False)
+class ChatCompletion(_Answer):
     """A whole answer, or what has come of it.
 
     `raw` is all that the server sent; of a stream, what it would have sent at once.
@@ -869,34 +931,20 @@ class ChatCompletion(_Model):
             _one(ChatCompletionMessage), ChatCompletionMessage
         )
 
-    id: str = _built(_encodable, "")
     choices: list[Choice] = _built(_many(Choice), list)
-    created: int = 0
-    model: str = _built(_encodable, "")
     object: str = "chat.completion"
-    service_tier: str | None = None
-    system_fingerprint: str | None = None
-    usage: CompletionUsage | None = _built(_one(CompletionUsage))
-    raw: Json = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def _build(cls, d: Json) -> ChatCompletion:
         made = super()._build(d)
         for position, sent in enumerate(_dicts(d.get("choices"))):
-            made.choices[position].index = _index(sent, position)
-            made.choices[position].finish_reason = _ending(sent)
+            choice, index = made.choices[position], sent.get("index")
+            choice.index = index if type(index) is int else position
+            choice.finish_reason = _ending(sent)
         return made
 
-    @property
-    def text(self) -> str:
-        """The text of the first answer (index 0), "" if there is none."""
-        return "".join(c.message.content or "" for c in self.choices if c.index == 0)
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning of the first answer (index 0), "" if there is none."""
-        messages = (c.message for c in self.choices if c.index == 0)
-        return "".join(message.reasoning_content or "" for message in messages)
+    def _said(self) -> list[ChatCompletionMessage]:
+        return [choice.message for choice in self.choices if choice.index == 0]
 
 
 # ------------------------------------------------------------------------------------
@@ -907,8 +955,10 @@ class ChatCompletion(_Model):
 class APIError(Exception):
     """Anything that a network or a server can do to an answer.
 
-    `body` is the error as the server sent it, parsed JSON or text; `code`, `type` and
-    `param` are what it says there; `completion` is what had come of the answer before.
+    `message` is what the server said, or what happened; `str(error)` says also where,
+    and what to do. `body` is the error as the server sent it, parsed JSON or text;
+    `code`, `type` and `param` are what it says there; `status_code` is None unless a
+    status said it; `completion` is what had come of the answer before.
     """
 
     def __init__(
@@ -925,7 +975,13 @@ class APIError(Exception):
         self.code = code
         self.type = type
         self.param = param
+        self.status_code: int | None = None
         self.completion = ChatCompletion()
+        self.context = ""  # where it happened, and what to do
+
+    def __str__(self) -> str:
+        status = "" if self.status_code is None else f"HTTP {self.status_code}: "
+        return f"{status}{self.message}{self.context}"
 
 
 class APIConnectionError(APIError):
@@ -933,7 +989,7 @@ class APIConnectionError(APIError):
 
 
 class APITimeoutError(APIConnectionError):
-    """The server was silent for longer than allowed, before the answer or in it."""
+    """No answer began in the time allowed."""
 
 
 class APIStatusError(APIError):
@@ -943,22 +999,36 @@ class APIStatusError(APIError):
     `retry_after` the seconds that it asks to wait, None if it does not.
     """
 
-    status_code: int
-    response: httpx.Response
+    status_code: int  # pyright: ignore[reportIncompatibleVariableOverride]
+    response: Response
     retry_after: float | None
 
 
 class TruncatedStreamError(APIError):
-    """The answer was cut off, before every finish_reason and before [DONE]."""
+    """An answer began and was cut off, for whatever reason: `__cause__` tells."""
 
 
 class APIResponseValidationError(APIError):
-    """What came is no answer: no event stream and no JSON, or over the limit."""
+    """What came is no answer: no event stream, no JSON, no choice, or over a limit."""
 
 
 # ------------------------------------------------------------------------------------
 # Accumulating: chunks to a whole answer
 # ------------------------------------------------------------------------------------
+
+# Words of servers for a choice that ended, but not as it should (vLLM, DeepSeek, …).
+FAILURES = frozenset(
+    [
+        "error",
+        "abort",
+        "aborted",
+        "cancelled",
+        "canceled",
+        "failed",
+        "network_error",
+        "insufficient_system_resource",
+    ]
+)
 
 
 class ChatAccumulator:
@@ -968,67 +1038,79 @@ class ChatAccumulator:
     """
 
     def __init__(self) -> None:
-        self.failed = False  # a choice ended with finish_reason "error"
+        self.failure = ""  # the finish_reason, if a choice ended with a failure
         self._names: Json = {}  # id, model and created, each from the first that has it
         self._head: Json = {}  # usage and such, from the last
         self._extra: Json = {}  # what a server sends beside the fields we know
-        self._answers: dict[int, _Answer] = {}
+        self._choices: dict[int, _Choice] = {}
         self._unfinished = 0  # choices without a finish_reason
 
     def add(self, chunk: ChatCompletionChunk) -> None:
-        """Add the next chunk."""
+        """Add the next chunk.
+
+        Raises ValueError for an index that no answer has (0 to 1,023), for more tool
+        calls than that, and for JSON of more than 100 levels.
+        """
         if len(self._names) < 3:  # Azure's first chunk has none of them
             names = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
-            self._names = {k: v for k, v in names.items() if v} | self._names
+            self._names = {k: _copy(v, 1) for k, v in names.items() if v} | self._names
         if chunk.usage is not None:
-            self._head["usage"] = chunk.raw.get("usage") or chunk.usage.to_dict()
+            usage = chunk.raw.get("usage") or chunk.usage.to_dict()
+            self._head["usage"] = _copy(usage, 1)
         if chunk.system_fingerprint is not None:
-            self._head["system_fingerprint"] = chunk.system_fingerprint
+            self._head["system_fingerprint"] = _copy(chunk.system_fingerprint, 1)
         if chunk.service_tier is not None:
-            self._head["service_tier"] = chunk.service_tier
+            self._head["service_tier"] = _copy(chunk.service_tier, 1)
         if not _CHUNK.issuperset(chunk.raw):
             _merge(self._extra, _beyond(_CHUNK, chunk.raw) or {})
         for choice in chunk.choices:
-            answer = self._answers.get(choice.index)
-            if answer is None:
-                answer = self._answers[choice.index] = _Answer()
-                self._unfinished += 1
-            answer.add(choice.delta)
+            known = self._choices.get(choice.index)
+            if known is None:
+                known = self._open(choice.index)
+            known.add(choice.delta)
             if choice.finish_reason is not None:
-                self._finish(answer, choice.finish_reason)
+                self._finish(known, choice.finish_reason)
             if choice.logprobs is not None:
-                _merge(answer.logprobs, vars(choice.logprobs))
+                _merge(known.logprobs, choice.logprobs.to_dict())
 
-    def _finish(self, answer: _Answer, reason: str) -> None:
+    def _open(self, index: int) -> _Choice:
+        self._choices[_checked(index)] = opened = _Choice()
+        self._unfinished += 1
+        return opened
+
+    def _finish(self, choice: _Choice, reason: str) -> None:
         """Keep why a choice ended; what follows, usage or a filter's, has no reason."""
-        if reason == "error":
-            self.failed = True
+        if reason.lower() in FAILURES:
+            self.failure = reason
         else:
-            self._unfinished -= answer.finish_reason is None
-            answer.finish_reason = reason
+            self._unfinished -= choice.finish_reason is None
+            choice.finish_reason = reason
+
+    def finished(self, choices: int = 1) -> bool:
+        """Tell whether so many choices were seen, and all of them ended well."""
+        return len(self._choices) >= choices and not self._unfinished
 
     @property
-    def finished(self) -> bool:
-        """Whether every choice seen has a finish_reason, and one was seen."""
-        return bool(self._answers) and not self._unfinished
+    def started(self) -> bool:
+        """Whether a choice was seen."""
+        return bool(self._choices)
 
     @property
     def completion(self) -> ChatCompletion:
-        """The answer so far; a `finish_reason` that did not come is None."""
+        """The answer so far, for good; a `finish_reason` that did not come is None."""
         choices = [
-            {"index": index, "message": answer.message()}
-            | {"finish_reason": answer.finish_reason}
-            | {"logprobs": {k: _plain(v) for k, v in answer.logprobs.items()} or None}
-            for index, answer in sorted(self._answers.items())
+            {"index": index, "message": choice.message()}
+            | {"finish_reason": choice.finish_reason}
+            | {"logprobs": _copy(choice.logprobs) or None}
+            for index, choice in sorted(self._choices.items())
         ]
-        whole = (
-            self._names | self._head | {"object": "chat.completion", "choices": choices}
-        )
-        return ChatCompletion.from_dict(self._extra | whole)
+        whole = {"object": "chat.completion", "choices": choices}
+        known: Json = _copy(self._extra | self._names | self._head)
+        return ChatCompletion.from_dict(known | whole)
 
 
 def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
-    """Return the whole that the chunks make up."""
+    """Return the whole that the chunks make up. Raises ValueError as `add` does."""
     accumulator = ChatAccumulator()
     for chunk in chunks:
         accumulator.add(chunk)
@@ -1038,7 +1120,13 @@ def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
 _CHUNK = {f.name for f in fields(ChatCompletionChunk)} | {"obfuscation"}  # padding
 
 
-class _Answer:
+def _checked(index: int) -> int:
+    if not 0 <= index < MAX_CHOICES:
+        raise ValueError(f"an index that is not 0 to {MAX_CHOICES - 1}")
+    return index
+
+
+class _Choice:
     """The message of one choice while its deltas come.
 
     Texts grow as UTF-8 in bytearrays: a list of their pieces takes ten times the memory
@@ -1048,7 +1136,7 @@ class _Answer:
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.logprobs: Json = {}
-        self.role: str | None = None
+        self.role = ""
         self.content = bytearray()
         self.has_content = False
         self.texts: dict[str, bytearray] = {}
@@ -1061,42 +1149,41 @@ class _Answer:
         if delta.content is not None:
             self.content += _to_bytes(delta.content)
             self.has_content = True
-        self.role = self.role or delta.role
-        for piece in delta.tool_calls or ():
-            self.call_of(piece).add(piece)
+        if delta.role and not self.role:
+            self.role = _string(delta.role) or ""
+        if delta.tool_calls is not None:
+            for place, piece in enumerate(delta.tool_calls):
+                self.call_of(piece, place).add(piece)
         if delta.reasoning_content is not None:
             self.write("reasoning_content", delta.reasoning_content)
         if delta.refusal is not None:
             self.write("refusal", delta.refusal)
         if delta.function_call is not None:
             self.function_call = self.function_call or _ToolCall(0)
-            self.function_call.add_function(delta.function_call)
+            self.function_call.add_function(_function_piece(delta.function_call))
         if delta.extra is not None:
             _merge(self.extra, delta.extra)
 
     def write(self, name: str, text: str) -> None:
         self.texts.setdefault(name, bytearray()).extend(_to_bytes(text))
 
-    def call_of(self, piece: ChoiceDeltaToolCall) -> _ToolCall:
+    def call_of(self, piece: ChoiceDeltaToolCall, place: int) -> _ToolCall:
         """Find the call that a piece goes on with, or open one.
 
-        It has its index; else its id; with neither it belongs to the last. Another id
+        It has its index; else its id; else that of its place in the list. Another id
         at an index is another call: some servers give each the index 0.
         """
-        index, id = piece.index, piece.id
-        if index is not None:
-            call = self.latest.get(index)
-        elif id:
-            call = self.latest.get(id)
-        else:
-            call = self.calls[-1] if self.calls else None
-        if call is None or (id and call.id and id != call.id):
-            call = _ToolCall(len(self.calls) if index is None else index)
+        if piece.index is not None:
+            place = piece.index
+        call = self.latest.get(piece.id if piece.id and piece.index is None else place)
+        if call is None or (piece.id and call.id and piece.id != call.id):
+            if len(self.calls) == MAX_CHOICES:
+                raise ValueError(f"more than {MAX_CHOICES} tool calls")
+            call = _ToolCall(_checked(place))
             self.calls.append(call)
-        if index is not None:
-            self.latest[index] = call
-        if id:
-            self.latest[id] = call
+        self.latest[place] = call
+        if piece.id:
+            self.latest[piece.id] = call
         return call
 
     def message(self) -> Json:
@@ -1107,7 +1194,8 @@ class _Answer:
             made["tool_calls"] = [call.to_dict() for call in calls]
         if self.function_call is not None:
             made["function_call"] = self.function_call.function()
-        return self.extra | made | {"role": self.role or "assistant"}
+        extra: Json = _copy(self.extra)
+        return extra | made | {"role": self.role or "assistant"}
 
 
 def _to_bytes(text: str) -> bytes:
@@ -1139,28 +1227,39 @@ class _ToolCall:
 
     def add_function(self, piece: ChoiceDeltaToolCallFunction) -> None:
         self.name = self.name or piece.name or ""
-        self.arguments += _to_bytes(piece.arguments or "")
+        if piece.arguments:
+            self.arguments += _to_bytes(piece.arguments)
 
     def function(self) -> Json:
         return {"arguments": _to_text(self.arguments), "name": self.name}
 
     def to_dict(self) -> Json:
         made = {"id": self.id, "function": self.function(), "type": self.type}
-        return self.extra | made
+        extra: Json = _copy(self.extra)
+        return extra | made
 
 
-def _merge(into: Json, more: Json) -> None:
-    """Add `more` to `into`: lists grow, dicts merge, of the rest the latest stays."""
+def _copy(value: Any, depth: int = 0) -> Any:
+    """Return JSON that shares nothing with `value`. Raises ValueError if too deep."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        return {name: _copy(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item, depth + 1) for item in value]
+    return value
+
+
+def _merge(into: Json, more: Json, depth: int = 1) -> None:
+    """Add a copy of `more`: lists grow, dicts merge, of the rest the latest stays."""
     for name, value in more.items():
         old = into.get(name)
-        if isinstance(value, dict):
-            into[name] = old if isinstance(old, dict) else {}
-            _merge(into[name], value)
-        elif isinstance(value, list):
-            into[name] = old if isinstance(old, list) else []
-            into[name].extend(value)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value, depth + 1)
+        elif isinstance(value, list) and isinstance(old, list):
+            old.extend(_copy(value, depth))
         elif value is not None:
-            into[name] = value
+            into[name] = _copy(value, depth)
 
 
 def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
@@ -1205,17 +1304,17 @@ def iter_chunks(
     Raises as `ChatStream` does where the body is no whole answer. An OSError that the
     iterable raises is how the body ended.
     """
-    decoder = _AnswerDecoder(max_event_bytes)
+    answer = _AnswerDecoder(max_event_bytes)
     cause = None
     try:
         for data in chunks:
-            for chunk in decoder.feed(data):
+            for chunk in answer.feed(data):
                 yield chunk
-            if decoder.done:
-                return
+            if answer.done:
+                break
     except _network_errors() as error:
         cause = error
-    for chunk in decoder.finish(cause):
+    for chunk in answer.finish(cause):
         yield chunk
 
 
@@ -1223,17 +1322,17 @@ async def aiter_chunks(
     chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> AsyncIterator[ChatCompletionChunk]:
     """Async twin of `iter_chunks`."""
-    decoder = _AnswerDecoder(max_event_bytes)
+    answer = _AnswerDecoder(max_event_bytes)
     cause = None
     try:
         async for data in chunks:
-            for chunk in decoder.feed(data):
+            for chunk in answer.feed(data):
                 yield chunk
-            if decoder.done:
-                return
+            if answer.done:
+                break
     except _network_errors() as error:
         cause = error
-    for chunk in decoder.finish(cause):
+    for chunk in answer.finish(cause):
         yield chunk
 
 
@@ -1246,7 +1345,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
     )
 
 
-class _SSEDecoder(SSEDecoder):
+class _ChatEvents(SSEDecoder):
     """Takes a field named `error` for an event: old llama.cpp reports errors so."""
 
     def _unknown_field(
@@ -1259,15 +1358,17 @@ class _SSEDecoder(SSEDecoder):
 class _AnswerDecoder:
     """The bytes of one body in, chunks out, and the verdict on how it ended.
 
-    | the body                                      | the verdict                 |
-    |-----------------------------------------------|-----------------------------|
-    | `[DONE]`, or a finish_reason for every choice | complete                    |
-    | a JSON completion in place of a stream        | complete, one chunk         |
-    | ends before that, cleanly or not              | TruncatedStreamError        |
-    | says that an error happened, in any shape     | APIError                    |
-    | silent for longer than allowed                | APITimeoutError             |
-    | an event that is not JSON, or too large       | APIResponseValidationError  |
-    | no event stream and no JSON, or nothing       | APIResponseValidationError  |
+    | the body                                          | the verdict                |
+    |---------------------------------------------------|----------------------------|
+    | a finish_reason for every choice, or [DONE]       | complete                   |
+    | a JSON completion in place of a stream            | complete, one chunk        |
+    | ends before that, or is silent, or is closed      | TruncatedStreamError       |
+    | a finish_reason that is a word for a failure      | TruncatedStreamError       |
+    | says that an error happened, in any shape         | APIError                   |
+    | silent before the answer began                    | APITimeoutError            |
+    | [DONE] without a choice                           | APIResponseValidationError |
+    | an event that is not JSON, or over a limit        | APIResponseValidationError |
+    | no event stream and no JSON, or nothing           | APIResponseValidationError |
 
     What follows `[DONE]` changes nothing, nor does a cut after the last finish_reason;
     and no `[DONE]` makes up for an error.
@@ -1276,58 +1377,54 @@ class _AnswerDecoder:
     def __init__(
         self,
         max_event_bytes: int | None,
+        choices: int = 1,
         where: str = "",
         redact: Callable[[str], str] = str,
     ) -> None:
-        self.done = False  # the answer has ended as it should: no more is read
+        self.done = False  # the body has said that it is over: no more is read
+        self.closed = False  # it was closed from here
+        self.late = ""  # why, if no token came in the time for the first
         self.failure: APIError | None = None
         self.has_token = False
-        self._late = False  # the time for the first token is over
-        self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
-        self._events = _SSEDecoder(max_event_bytes)
+        self._choices = choices  # how many were asked for
         self._where = where  # the URL, for messages
         self._redact = redact
+        self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
+        self._events = _ChatEvents(max_event_bytes)
+        self._answer = ChatAccumulator()
         self._content_type = ""
         self._read_timeout: float | None = None  # seconds, for messages
-        self._first_token_timeout: float | None = None
-        self._inflater: _Inflater | None = None
+        self._unpacker: _Unpacker | None = None
         self._kind = ""  # "stream", "json" or "other", once that is known
         self._mark = b""  # the first bytes that are not blank
         self._head = bytearray()  # all bytes, unless it is known to be a stream
-        self._answer = ChatAccumulator()
-        self._whole: ChatCompletion | None = None  # where it came in one piece
+        self._json: Json | None = None  # the completion, where it came in one piece
 
-    def begin(
-        self,
-        headers: Mapping[str, str],
-        read_timeout: float | None,
-        first_token_timeout: float | None,
-    ) -> None:
+    def begin(self, headers: Mapping[str, str], read_timeout: float | None) -> None:
         """Take what is known before the first byte; without, the bytes alone tell."""
-        self._first_token_timeout = first_token_timeout
         self._content_type = headers.get("content-type", "")
         self._read_timeout = read_timeout
-        encoding = headers.get("content-encoding", "identity").strip().lower()
-        self._inflater = None if encoding == "identity" else _Inflater(encoding)
+        self._unpacker = _unpacker(headers)
 
     @property
     def completion(self) -> ChatCompletion:
-        return self._whole or self._answer.completion
+        if self._json is not None:
+            return ChatCompletion.from_dict(_copy(self._json))
+        return self._answer.completion
 
     @property
     def complete(self) -> bool:
-        ended = self.done or self._whole is not None or self._answer.finished
-        return ended and self.failure is None
+        ended = self.done and self._answer.started
+        ended = ended or self._answer.finished(self._choices) or self._json is not None
+        return ended and self.failure is None and not self._answer.failure
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         """Give the chunks that `data` ends; raise where the body goes wrong."""
-        if self._inflater is None:
+        if self._unpacker is None:
             return self._feed(data)
-        return itertools.chain.from_iterable(map(self._feed, self._inflated(data)))
+        return itertools.chain.from_iterable(map(self._feed, self._unpacked(data)))
 
     def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
-        if self._late:
-            raise self._verdict(None)
         if self._kind != "stream":
             data = self._recognise(data)
         only = self._events._only_data(data)
@@ -1336,45 +1433,48 @@ class _AnswerDecoder:
             return () if chunk is None else (chunk,)
         try:
             return self._chunks(self._events.feed(data))
-        except SSEError as error:
-            return self._before(error)
+        except SSEError as overflow:
+            return self._chunks(overflow.events, over=True)
 
-    def _chunks(self, events: list[ServerSentEvent]) -> Iterator[ChatCompletionChunk]:
+    def _chunks(
+        self, events: list[ServerSentEvent], over: bool = False
+    ) -> Iterator[ChatCompletionChunk]:
         for event in events:
             chunk = self._chunk(event.data, event.event == "error")
             if chunk is not None:
                 yield chunk
-            elif self.done:
+            if self.done:
                 return
+        if over:
+            what = f"an event of more than {self._limit} bytes"
+            raise self._invalid(what, self._events._began)
 
-    def _before(self, overflow: SSEError) -> Iterator[ChatCompletionChunk]:
-        yield from self._chunks(overflow.events)
-        if not self.done:
-            raise self._invalid(str(overflow)) from None
+    def _unpacked(self, data: bytes) -> Iterator[bytes]:
+        problem = ""
+        try:
+            yield from self._unpacker.feed(data) if self._unpacker else ()
+        except zlib.error as error:
+            problem = str(error)
+        if problem:
+            raise self._invalid(f"a body that does not unpack ({problem})")
 
     def finish(self, cause: Exception | None) -> Iterator[ChatCompletionChunk]:
         """Give what the last bytes hold, then raise if the answer is not complete.
 
         `cause` is how the connection broke, None if the server ended the body.
         """
-        if self._kind == "stream":
+        if self.done or self.closed or self.late:
+            pass
+        elif self._kind == "stream":
             yield from self._last_event()
         elif self._kind == "json":
-            yield self._chunk_of_json(cause)
-        if not self.complete:
-            raise self._verdict(cause) from cause
-        self.done = True
+            yield from self._from_json(cause)
+        self.check(cause)
 
-    def is_late(self) -> bool:
-        """Tell whether no token has come, now that the time for the first is over."""
-        self._late = not self.has_token
-        return self._late
-
-    def check_open(self) -> None:
-        """Raise if a closed stream is asked for more than there was."""
+    def check(self, cause: Exception | None = None) -> None:
+        """Raise if what has come is no whole answer."""
         if not self.complete:
-            text = f"the stream was closed before the answer was whole{self._where}"
-            raise self.failure or self._fail(TruncatedStreamError(text))
+            raise self.failure or self.verdict(cause)
 
     def _recognise(self, data: bytes) -> bytes:
         """Hold the body back until its first bytes tell what it is; give a stream's."""
@@ -1386,10 +1486,10 @@ class _AnswerDecoder:
             data, self._head = bytes(self._head), bytearray()
             return data
         if len(self._head) > self._limit:
-            text = self._head[:_EXCERPT].decode("utf-8", "replace")
+            text = self._head.decode("utf-8", "replace")
             raise self._invalid(f"a body of more than {self._limit} bytes", text)
         if self._kind == "other" and len(self._head) > 4 * _EXCERPT:
-            raise self._verdict(None)
+            raise self.verdict(None)
         return b""
 
     def _chunk(self, data: str, told: bool = False) -> ChatCompletionChunk | None:
@@ -1400,110 +1500,121 @@ class _AnswerDecoder:
         try:
             payload = _parse_json(data)
             if told or type(payload) is not dict or not payload.get("choices"):
-                self._check(payload, told, data)
-            chunk = ChatCompletionChunk._build(payload)
-            self._answer.add(chunk)
+                self._check_payload(payload, told, data)
+            chunk = self._chunk_of(payload)
         except (ValueError, RecursionError) as error:
-            self._take_other(data, told, error)
-            return None
-        if self._answer.failed or payload.get("error"):  # OpenRouter: beside choices
-            raise self._reported(data)
-        if not self.has_token:
-            self.has_token = any(_has_token(choice.delta) for choice in chunk.choices)
-        return chunk
+            problem = str(error)
+        else:
+            if payload.get("error"):  # OpenRouter: beside choices
+                raise self._reported(data)
+            return chunk
+        self._take_other(data, told, problem)
+        return None
 
-    def _take_other(self, data: str, told: bool, error: Exception) -> None:
-        """Take the data of an event that is not JSON."""
+    def _take_other(self, data: str, told: bool, problem: str) -> None:
+        """Take the data of an event that is no chunk, and whose JSON has a problem."""
         if told:
-            raise self._reported(data) from None
+            raise self._reported(data)
         if data.startswith("[DONE]"):
             self.done = True
         elif data and not data.isspace():
-            raise self._invalid("an event that is not JSON", data) from error
+            raise self._invalid(f"an event that is no chat chunk ({problem})", data)
 
-    def _check(self, payload: Any, told: bool, text: str) -> None:
+    def _check_payload(self, payload: Any, told: bool, text: str) -> None:
         if told or _find_error(payload):
             raise self._reported(text)
         if not isinstance(payload, dict):
             raise self._invalid("JSON that is no object", text)
 
+    def _chunk_of(self, payload: Json) -> ChatCompletionChunk:
+        chunk = ChatCompletionChunk._build(payload)
+        self._answer.add(chunk)
+        if not self.has_token:
+            self.has_token = any(_has_token(choice.delta) for choice in chunk.choices)
+        return chunk
+
     def _last_event(self) -> Iterator[ChatCompletionChunk]:
         """Give the event that no blank line ended, if it is whole all the same.
 
         llama.cpp has sent `[DONE]` so. No part of a JSON object is one: what can be
-        parsed was not cut.
+        parsed was not cut. Of an error, its beginning is better than nothing.
         """
         with suppress(SSEError):
             for event in self._events.feed(b"\n\n"):
-                try:
-                    whole = event.data.startswith("[DONE]") or _parse_json(event.data)
-                except (ValueError, RecursionError):
-                    continue
                 told = event.event == "error"
-                chunk = self._chunk(event.data, told) if whole else None
+                whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
+                chunk = self._chunk(event.data, told) if told or whole else None
                 if chunk is not None:
                     yield chunk
 
-    def _chunk_of_json(self, cause: Exception | None) -> ChatCompletionChunk:
-        """Return a completion that came in one piece as a chunk."""
+    def _from_json(self, cause: Exception | None) -> Iterable[ChatCompletionChunk]:
+        """Give a body that came in one piece, with `[DONE]` after it or not."""
         text = self._head.decode("utf-8-sig", "replace")
-        try:
-            payload = json.loads(text)
-            self._check(payload, False, text)
-            choices = _dicts(payload.get("choices"))
-            if not all(isinstance(c.get("message"), dict) for c in choices or [{}]):
-                raise self._invalid("JSON that is no chat completion", text)
-            if any(_ending(choice) == "error" for choice in choices):
-                raise self._reported(text)
-            chunk = ChatCompletionChunk.from_dict(_with_deltas(payload, choices))
-            self._whole = ChatCompletion.from_dict(payload)
-        except (ValueError, RecursionError) as error:
-            if cause is None and text.rstrip().endswith(("}", "]")):
-                raise self._invalid("a body that is not JSON", text) from error
-            raise self._verdict(cause) from cause
-        chunk.raw = payload
-        return chunk
+        text = re.sub(r"\s*data: ?\[DONE\]\s*\Z", "", text)
+        payload, problem = _parsed(text)
+        if not problem:
+            self._check_payload(payload, False, text)
+            return self._take_json(payload, text)
+        if cause is None and text.rstrip().endswith(("}", "]")):
+            raise self._invalid(f"a body that is not JSON ({problem})", text)
+        raise self.verdict(cause)
 
-    def _inflated(self, data: bytes) -> Iterator[bytes]:
-        try:
-            yield from self._inflater.feed(data) if self._inflater else ()
-        except zlib.error as error:
-            raise self._invalid(f"a body that does not unpack ({error})") from error
+    def _take_json(self, payload: Json, text: str) -> Iterable[ChatCompletionChunk]:
+        """Return a completion that came in one piece as one chunk."""
+        choices = _dicts(payload.get("choices"))
+        problem = "no message"
+        if all(isinstance(choice.get("message"), dict) for choice in choices or [{}]):
+            try:
+                chunk = self._chunk_of(payload)
+                self._json = None if self._answer.failure else _copy(payload)
+                return [chunk]
+            except (ValueError, RecursionError) as error:
+                problem = str(error)
+        raise self._invalid(f"JSON that is no chat completion ({problem})", text)
 
-    def _verdict(self, cause: Exception | None) -> APIError:
+    def verdict(self, cause: Exception | None) -> APIError:
         """Say why an answer that is not complete ended."""
-        if self._late:
-            limit = f"{self._first_token_timeout} s (first_token_timeout)"
-            text = f"no token came within {limit}{self._where}"
-            return self._fail(APITimeoutError(text))
-        if _is_timeout(cause):
-            phase = (
-                "between chunks" if self.has_token else "waiting for the first token"
-            )
-            text = f"no data for {self._read_timeout} s, {phase}{self._where}"
-            return self._fail(APITimeoutError(text))
-        got = self._content_type or "no content type"
-        if cause is None and self._kind == "other":
-            text = self._head.decode("utf-8", "replace")
-            return self._invalid(f"neither an event stream nor JSON, but {got}", text)
-        if cause is None and not self._mark:
-            return self._invalid(f"an empty body as {got}")
-        how = f"the connection broke ({cause})" if cause else "the server ended it"
+        if self.closed:
+            text = "the stream was closed here before the answer was whole"
+            return self._fail(TruncatedStreamError(text))
+        if self.late and not self.has_token:
+            return self._fail(APITimeoutError(self.late), cause)
+        if self._answer.failure:
+            text = f"the server ended the answer with {self._answer.failure!r}"
+            return self._fail(TruncatedStreamError(text), cause)
+        silence = f"no data for {self._read_timeout} s" if _is_timeout(cause) else ""
+        if silence and not self.has_token:
+            text = f"{silence}, waiting for the first token"
+            return self._fail(APITimeoutError(text), cause)
+        if cause is None and (self.done or self._kind == "other" or not self._mark):
+            return self._no_answer()
+        broke = cause and f"the connection broke ({_words(cause)})"
+        how = silence or broke or "the server ended it"
         text = f"the answer was cut off: {how} before a finish_reason or [DONE]"
-        return self._fail(TruncatedStreamError(f"{text}{self._where}"))
+        return self._fail(TruncatedStreamError(self._redact(text)), cause)
+
+    def _no_answer(self) -> APIError:
+        if self.done:
+            return self._invalid("[DONE] and no answer")
+        got = self._content_type or "no content type"
+        if not self._mark:
+            return self._invalid(f"an empty body as {got}")
+        text = self._head.decode("utf-8", "replace")
+        return self._invalid(f"neither an event stream nor JSON, but {got}", text)
 
     def _reported(self, text: str) -> APIError:
-        what = "the server reports an error"
-        return self._fail(_reported(APIError, what, self._redact(text), self._where))
+        return self._fail(_reported(APIError, text, self._redact))
 
     def _invalid(self, what: str, text: str = "") -> APIError:
         text = self._redact(text)
         began = f": {text[:_EXCERPT]!r}" if text else ""
-        message = self._redact(f"the server sent {what}{self._where}{began}")
+        message = self._redact(f"the server sent {what}") + began
         return self._fail(APIResponseValidationError(message, text))
 
-    def _fail(self, error: APIError) -> APIError:
+    def _fail(self, error: APIError, cause: Exception | None = None) -> APIError:
+        error.context = self._where
         error.completion = self.completion
+        error.__cause__ = _without_secrets(cause, self._redact)
         self.failure = error
         return error
 
@@ -1541,24 +1652,38 @@ def _parse_json(text: str) -> Any:
 _scan = json.JSONDecoder().raw_decode
 
 
+def _parsed(text: str) -> tuple[Any, str]:
+    """Return what a JSON text holds, and what is wrong with it, "" for nothing."""
+    try:
+        return json.loads(text), ""
+    except (ValueError, RecursionError) as error:
+        return None, str(error)
+
+
 def _has_token(delta: ChoiceDelta) -> bool:
     texts = delta.content or delta.reasoning_content or delta.refusal
     return bool(texts or delta.tool_calls or delta.function_call)
 
 
-def _with_deltas(completion: Json, choices: list[Json]) -> Json:
-    """Return a completion as one chunk: each message as a delta, its calls numbered."""
-    deltas = []
-    for choice in choices:
-        calls = enumerate(_dicts(choice["message"].get("tool_calls")))
-        numbered = {"tool_calls": [call | {"index": i} for i, call in calls] or None}
-        deltas.append(choice | {"delta": choice["message"] | numbered})
-    return completion | {"choices": deltas, "object": "chat.completion.chunk"}
-
-
 def _is_timeout(cause: Exception | None) -> bool:
     names = {kind.__name__ for kind in type(cause).__mro__}
     return not names.isdisjoint({"TimeoutException", "TimeoutError"})
+
+
+def _words(cause: Exception) -> str:
+    return str(cause) or type(cause).__name__
+
+
+def _without_secrets(
+    cause: BaseException | None, redact: Callable[[str], str]
+) -> BaseException | None:
+    """Return a cause, but None where the words of it, or of its own, hold a secret."""
+    told = cause
+    while told is not None:
+        if redact(str(told)) != str(told):
+            return None
+        told = told.__cause__ or told.__context__
+    return cause
 
 
 def _find_error(payload: Any, told: bool = False) -> Json | None:
@@ -1590,18 +1715,19 @@ def _error_text(error: Any, depth: int = 4) -> str:
     return text if len(text) <= 5 * _EXCERPT else text[: 5 * _EXCERPT] + " …"
 
 
-def _reported(kind: type[E], what: str, text: str, where: str) -> E:
+def _reported(kind: type[E], text: str, redact: Callable[[str], str]) -> E:
     """Make an error of what a server said about it, in JSON or in plain text."""
-    body, error = text, {}
+    error: Json = {}
     try:
-        body = json.loads(text)
+        body = _redacted(json.loads(text), redact)
         error = _find_error(body, told=True) or {}
-        said = _encodable(_error_text(error))
+        said = _error_text(error)
     except (ValueError, RecursionError):
-        said = _encodable(_error_text(text))
+        body = redact(text)
+        said = _error_text(body)
     code = error.get("code")
     return kind(
-        f"{what}: {said or '(no message)'}{where}",
+        str(_encodable(said)) or "(no message)",
         body,
         code if isinstance(code, (int, str)) else None,
         _string(error.get("type")),
@@ -1609,16 +1735,23 @@ def _reported(kind: type[E], what: str, text: str, where: str) -> E:
     )
 
 
-class _Inflater:
+def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, list):
+        return [_redacted(item, redact) for item in value]
+    if isinstance(value, dict):
+        return {redact(name): _redacted(item, redact) for name, item in value.items()}
+    return value
+
+
+class _Unpacker:
     """Unpacks a body piece by piece: a small one could fill the memory."""
 
-    def __init__(self, encoding: str) -> None:
-        self._encoding = encoding
+    def __init__(self) -> None:
         self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
 
     def feed(self, data: bytes, most: int = 64 * 1024) -> Iterator[bytes]:
-        if self._encoding not in ("gzip", "x-gzip", "deflate"):
-            raise zlib.error(f"{self._encoding}, though identity was asked for")
         while not self._stream.eof:
             piece = self._stream.decompress(data, most)
             yield piece
@@ -1627,13 +1760,22 @@ class _Inflater:
                 break
 
 
+def _unpacker(headers: Mapping[str, str]) -> _Unpacker | None:
+    """Return what a body needs; an encoding we did not ask for may be but a word."""
+    encoding = headers.get("content-encoding", "").strip().lower()
+    return _Unpacker() if encoding in ("gzip", "x-gzip", "deflate") else None
+
+
 # ------------------------------------------------------------------------------------
 # Asking: the request, and what is decided before an answer begins, without I/O
 # ------------------------------------------------------------------------------------
 
+Messages = str | Sequence[Mapping[str, Any] | ChatCompletionMessage]
+
 DEFAULT_BASE_URL = "http://localhost:11434/v1"  # Ollama
 DEFAULT_TIMEOUT = 600.0  # seconds between two reads: a big model loads for minutes
 CONNECT_TIMEOUT = 5.0  # seconds
+MODELS_TIMEOUT = 30.0  # seconds, for all of the list of models
 MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
 
 # What is read of an error's body, and of what follows [DONE]: the one for its message,
@@ -1642,9 +1784,24 @@ _REST_BYTES = 64 * 1024
 _ERROR_BODY_SECONDS = 5.0
 _DRAIN_SECONDS = 0.5
 
+_LONGEST = (
+    1e6  # seconds; sockets and threads take no more than some thousand times that
+)
 
-class _Request:
-    """What one call asks for, checked; and what becomes of an attempt that fails."""
+# Keywords of openai's SDK that are not fields of a request, and what to write for them.
+_INSTEAD = {
+    "stream": "call stream_chat() or generate()",
+    "extra_headers": "write headers=…",
+    "default_headers": "write headers=…",
+    "organization": 'write headers={"OpenAI-Organization": …}',
+    "extra_body": "write its fields as keywords",
+    "extra_query": "write it into base_url, after a ?",
+    "http_client": "write client=…",
+}
+
+
+class _Call:
+    """One call: what it asks for, checked; and what becomes of attempts that fail."""
 
     def __init__(
         self,
@@ -1654,7 +1811,7 @@ class _Request:
         base_url: str | None = None,
         api_key: str | None = None,
         system: str | None = None,
-        timeout: float | httpx.Timeout | None = DEFAULT_TIMEOUT,
+        timeout: float | Timeout | None = DEFAULT_TIMEOUT,
         first_token_timeout: float | None = None,
         max_retries: int = 2,
         max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
@@ -1662,14 +1819,18 @@ class _Request:
         client: Any = None,
         **params: Any,
     ) -> None:
-        if "stream" in params:
-            raise TypeError("no parameter stream: call stream_chat() or generate()")
-        self.url, self.shown_url, login = _endpoint(base_url)
-        if api_key is None and "authorization" in getattr(client, "headers", {}):
-            api_key = ""  # the client has its own; the environment's is not meant
-        self.headers, self._secrets = _headers(api_key, login, headers)
-        self.timeouts = _timeouts(timeout)
-        self.first_token_timeout = first_token_timeout
+        for name in params.keys() & _INSTEAD.keys():
+            raise TypeError(f"no parameter {name}: {_INSTEAD[name]}")
+        if api_key is None:  # a client that has its own does not want the environment's
+            own = "authorization" in getattr(client, "headers", {})
+            api_key = "" if own else os.environ.get("OPENAI_API_KEY", "")
+        self.api_key = api_key.strip()
+        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
+        self.method = "POST"
+        self.url, self.login = _endpoint(self.base_url or DEFAULT_BASE_URL)
+        self.headers = _headers(self.api_key, self.login, headers or {})
+        self.timeout = _timeouts(timeout)
+        self.first_token_timeout = _seconds("first_token_timeout", first_token_timeout)
         self.max_retries = max_retries
         self.max_event_bytes = max_event_bytes
         self.client = client
@@ -1678,124 +1839,237 @@ class _Request:
         named |= {"messages": _messages(messages, system), "stream": True} | params
         self.body = {name: value for name, value in named.items() if value is not None}
         self.content()  # what cannot be sent raises here, not at the first chunk
+        self.answer = self.decoder(_AnswerDecoder)
+        self.request: Any = None  # the latest, with all that httpx has added
+        self.response: Response | None = None
+        self.scope: Any = None  # an anyio.CancelScope around what async code waits for
+        self.deadline: float | None = None  # for the first token
+        self.phase = ""  # of the latest attempt, when it failed
+        self.retries = 0
+        self.died = False  # a kept connection did; no failure of ours, the first time
+        self.over_http2 = False
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without what may be secret in it."""
+        return _shown(self.url)
 
     def content(self) -> bytes:
         return json.dumps(self.body, default=_to_json, allow_nan=False).encode()
 
-    def in_one_piece(self) -> Self:
+    def decoder(self, kind: type[_AnswerDecoder]) -> _AnswerDecoder:
+        n = self.body.get("n")
+        choices = max(1, n) if isinstance(n, int) else 1
+        return kind(self.max_event_bytes, choices, f" ({self.shown_url})", self.redact)
+
+    def in_one_piece(self) -> _Call:
         """Ask for a whole answer in place of a stream."""
         self.body["stream"] = False
         self.headers["accept"] = "application/json"
         return self
 
-    def options(self, trace: Callable[[str, Any], Any]) -> Json:
-        """Return what httpx wants to know of one attempt, and who sees its phases."""
-        timeouts = dict(self.timeouts)
-        if self.first_token_timeout is not None:  # holds for the wait for headers too
-            limits = (timeouts["read"], self.first_token_timeout)
-            timeouts["read"] = min(limit for limit in limits if limit is not None)
-        extensions = {"timeout": timeouts, "trace": trace}
-        options = {"headers": self.headers, "extensions": extensions}
-        return options | {"content": self.content()}
+    def for_models(self) -> _Call:
+        """Ask for the names of the models in place of an answer."""
+        self.method = "GET"
+        self.url = re.sub(r"/chat/completions(?=\?|$)", "/models", self.url)
+        self.headers["accept"] = "application/json"
+        self.first_token_timeout = self.first_token_timeout or MODELS_TIMEOUT
+        self.answer = self.decoder(_ModelsDecoder)
+        return self
+
+    def build(self, client: Any, most: float | None = None) -> Any:
+        """Make the request of an attempt; no phase of it takes over `most` seconds."""
+        timeout = self.timeout
+        if most is not None:
+            most = max(most, 0.001)
+            timeout = tuple(min(most, seconds or most) for seconds in timeout)
+        self.request = client.build_request(
+            self.method,
+            self.url,
+            headers=self.headers,
+            content=self.content() if self.method == "POST" else None,
+            timeout=timeout,
+        )
+        return self.request
+
+    def begin(self, response: Response) -> Response:
+        """Take the response that the answer comes in."""
+        read_timeout = self.timeout[1]
+        self.request.extensions["timeout"]["read"] = read_timeout  # headers had less
+        self.answer.begin(response.headers, read_timeout)
+        self.over_http2 = response.http_version == "HTTP/2"
+        self.response = response
+        return response
+
+    def finish(self, cause: Exception | None) -> Iterator[Any]:
+        """Give the rest of the answer, and raise if it is not whole."""
+        self.time_left()  # it may be this that is over
+        return self.answer.finish(cause)
+
+    def cut(self) -> APIError:
+        """Make the error of a wait that was ended from here."""
+        self.time_left()
+        return self.answer.verdict(None)
+
+    async def awake(self) -> None:
+        """End what another task waits for. Over HTTP/2 to close does not wake it."""
+        if self.response is None or self.over_http2:
+            self.scope.cancel()
+        else:
+            await self.response.aclose()
+
+    def time_left(self) -> float | None:
+        """Return the seconds left for the first token, None once it needs no bound."""
+        limit = self.first_token_timeout
+        if limit is None or self.answer.has_token:
+            return None
+        now = time.monotonic()
+        if self.deadline is None:
+            self.deadline = now + limit
+        left = max(0.0, round(self.deadline - now, 3))  # clocks differ a little
+        if not left:
+            text = f"no token came within {limit} s (first_token_timeout)"
+            self.answer.late = text
+        return left
 
     def redact(self, text: str) -> str:
-        """Return the text without the key: a server may send it back in an error."""
-        for secret in self._secrets:
-            # As it is, or as JSON may write it: `\\/`, `\\u002f`.
-            ways = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in secret)
-            text = re.sub("".join(ways), "[key]", text, flags=re.IGNORECASE)
+        """Return the text without what is secret in the request.
+
+        A server may send it back in an error, as it is or as JSON escapes it.
+        """
+        headers, url = self.headers, self.url
+        if self.request is not None:  # has those of the caller's own client, too
+            headers, url = {**headers, **self.request.headers}, str(self.request.url)
+        for secret in _secrets(headers, url, self.login):
+            text = text.replace(secret, "[secret]")
+            if "\\" in text:
+                ways = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in secret)
+                text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
         return text
 
-    def failure(self, cause: Exception, waited: float) -> APIConnectionError:
-        """Make the error of an attempt without an answer, after `waited` seconds."""
-        at = f"{self.shown_url}, after {waited:.1f} s"
+    def failure(self, cause: Exception, started: float) -> APIError:
+        """Make the error of an attempt without an answer, that began at `started`."""
+        self.phase = _phase(cause)
+        if self.answer.closed or self.time_left() == 0:
+            self.phase = ""
+            return self.answer.verdict(cause)
+        words, advice = self.redact(_words(cause)), ""
         if _is_timeout(cause):
-            phase = _PHASES.get(type(cause).__name__, "connecting")
-            error: APIConnectionError = APITimeoutError(f"timed out {phase} ({at})")
-        elif "Connect" in type(cause).__name__:
-            error = APIConnectionError(
-                f"cannot connect to {at}: {self.redact(str(cause))}; start a server "
-                "there (`ollama serve`), or set base_url or OPENAI_BASE_URL"
+            error: APIError = APITimeoutError(f"timed out {self.phase}")
+        elif self.phase == "connecting":
+            error = APIConnectionError(f"cannot connect: {words}")
+            advice = (
+                "; start a server there (`ollama serve`), or set base_url or "
+                "OPENAI_BASE_URL"
             )
         else:
             error = APIConnectionError(
-                f"no answer ({at}): {self.redact(str(cause)) or type(cause).__name__}"
+                f"the connection broke before an answer: {words}"
             )
-        error.__cause__ = cause
+        waited = time.monotonic() - started
+        error.context = f" ({self.shown_url}, after {waited:.1f} s){advice}"
+        error.__cause__ = _without_secrets(cause, self.redact)
         return error
 
-    def refusal(self, response: httpx.Response, body: bytes) -> APIStatusError:
+    def refusal(self, response: Response, body: bytes) -> APIStatusError:
         """Make the error of a status that is no success."""
-        status = response.status_code
-        packed = response.headers.get("content-encoding")
-        if packed:
+        unpacker = _unpacker(response.headers)
+        if unpacker is not None:
             with suppress(zlib.error):
-                body = next(_Inflater(packed).feed(body), b"")
-        text = self.redact(body.decode("utf-8", "replace") or response.reason_phrase)
-        where = f" ({self.shown_url})"
-        if response.has_redirect_location:
-            target = self.redact(_shown(response.headers["location"]))
-            where += f"; not following to {target} with the key: set base_url to it"
-        elif status == 404 and "/v1" not in self.shown_url:
-            where += "; most servers want a base_url that ends in /v1"
-        error = _reported(APIStatusError, f"HTTP {status}", text, where)
-        error.status_code = status
+                body = next(unpacker.feed(body), b"")
+        text = body.decode("utf-8", "replace") or response.reason_phrase
+        error = _reported(APIStatusError, text, self.redact)
+        error.status_code = response.status_code
+        error.context = f" ({self.shown_url}){self.advice(response)}"
         error.retry_after = _retry_after(response.headers, time.time())
         # A copy: the response itself holds the request, and with it the key.
-        error.response = type(response)(status, text=text)
-        framing = {"content-encoding", "content-length", "transfer-encoding"}
-        for name, value in response.headers.items():
-            if name not in framing:
-                error.response.headers[name] = self.redact(value)
+        headers = [
+            (name, self.redact(value.decode("latin-1")).encode("latin-1"))
+            for name, value in response.headers.raw
+            if name.lower() not in _FRAMING
+        ]
+        error.response = type(response)(
+            response.status_code, headers=headers, content=self.redact(text).encode()
+        )
         return error
 
-    def wait_before_retry(self, error: APIError, attempt: int) -> float:
+    def advice(self, response: Response) -> str:
+        status = response.status_code
+        if response.has_redirect_location:
+            target = self.redact(_shown(response.headers["location"]))
+            return f"; not following to {target} with the key: set base_url to it"
+        if status in (401, 403) and not any(map(_SECRET.search, self.request.headers)):
+            return "; no key was sent: give api_key, or set OPENAI_API_KEY"
+        if status == 404 and "/v1" not in self.shown_url:
+            return "; most servers want a base_url that ends in /v1"
+        return ""
+
+    def wait_before_retry(self, error: APIError) -> float:
         """Return the seconds to wait for another attempt; raise `error` if none is due.
 
         A server that was silent is not asked again: it may be at work on the answer.
         """
         from random import uniform  # importing it takes 2 ms
 
-        wait = min(8.0, 0.5 * 2.0**attempt) * uniform(0.75, 1.0)
+        wait = min(8.0, 0.5 * 2.0**self.retries) * uniform(0.75, 1.0)
         if isinstance(error, APIStatusError):
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             wait = wait if error.retry_after is None else error.retry_after
         else:
-            silent = isinstance(error, APITimeoutError)
-            again = not silent or "timed out connecting" in error.message
-        if not again or attempt >= self.max_retries or wait > MAX_RETRY_AFTER:
+            broke = type(error) is APIConnectionError
+            again = broke or self.phase == "connecting"
+            if broke and self.phase != "connecting" and not self.died:
+                self.died = True  # servers close kept connections when they like
+                return 0.0
+        left = self.time_left()
+        late = left is not None and wait >= left
+        if (
+            not again
+            or late
+            or self.retries >= self.max_retries
+            or wait > MAX_RETRY_AFTER
+        ):
+            self.answer.failure = error
             raise error
+        self.retries += 1
         return wait
 
 
-_PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
+_FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
+
+
+def _phase(cause: Exception) -> str:
+    """Tell in which phase of a request httpx gave up."""
+    name = type(cause).__name__
+    phases = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
+    connecting = "Connect" in name or name == "PoolTimeout"
+    return "connecting" if connecting else phases.get(name, "")
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that `Retry-After` asks for: a number or a date."""
-    with suppress(ValueError):
-        return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
-    asked = headers.get("retry-after", "")
-    with suppress(ValueError):
-        return max(0.0, float(asked))
-    with suppress(ValueError, TypeError):
+    """Return the seconds that `Retry-After` asks for, as a number or as a date."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with suppress(ValueError):
+            seconds = float(headers.get(name, "")) * unit
+            return seconds if 0 <= seconds < math.inf else None
+    with suppress(ValueError, TypeError, OverflowError):
         from email.utils import parsedate_to_datetime
 
-        return max(0.0, parsedate_to_datetime(asked).timestamp() - now)
+        date = parsedate_to_datetime(headers.get("retry-after", ""))
+        return max(0.0, date.timestamp() - now)
     return None
 
 
-def _endpoint(base_url: str | None) -> tuple[str, str, str]:
-    """Return the URL to ask, the same for people to read, and its user:password.
+def _endpoint(text: str) -> tuple[str, str]:
+    """Return the URL to ask for a base URL, and its user:password. Raises ValueError.
 
-    A bare host gets the path /v1 that nearly every server has. Raises ValueError.
+    The login does not stay in the URL, since httpx logs that. A bare host gets the path
+    /v1 that nearly every server has.
     """
     from urllib.parse import unquote, urlsplit
 
-    text = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
-    text = text or DEFAULT_BASE_URL
     if "://" not in text:  # a key must not go unencrypted to a host on the internet
-        host = re.split("[:/?]", text.rpartition("@")[2])[0]
+        host = re.split("[/?#]", text)[0].rpartition("@")[2].partition(":")[0]
         local = "." not in host or host.replace(".", "").isdigit()
         text = ("http://" if local else "https://") + text
     try:
@@ -1814,7 +2088,7 @@ def _endpoint(base_url: str | None) -> tuple[str, str, str]:
     path = parts.path.rstrip("/") or "/v1"
     path = path.removesuffix("/chat/completions") + "/chat/completions"
     url = parts._replace(netloc=host, path=path, fragment="").geturl()
-    return url, _shown(url), unquote(login)
+    return url, unquote(login)
 
 
 def _shown(url: str) -> str:
@@ -1822,13 +2096,8 @@ def _shown(url: str) -> str:
     return re.sub(r"//[^/?#]*@", "//", url.partition("?")[0])
 
 
-def _headers(
-    api_key: str | None, login: str, more: Mapping[str, str] | None
-) -> tuple[dict[str, str], list[str]]:
-    """Return the headers of a request, and the secrets in them. Raises ValueError."""
-    if api_key is None:
-        api_key = os.environ.get("OPENAI_API_KEY", "")
-    key = api_key.strip()
+def _headers(api_key: str, login: str, more: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of a request. Raises ValueError for what cannot be one."""
     made = {
         "accept": "text/event-stream",
         "accept-encoding": "identity",  # what is unpacked as it comes saves no time
@@ -1836,38 +2105,57 @@ def _headers(
         "user-agent": f"sse_chat/{__version__}",
     }
     if login:
-        made["authorization"] = (
-            "Basic " + b2a_base64(login.encode(), newline=False).decode()
-        )
-    elif key:
-        made["authorization"] = f"Bearer {key}"
-    made |= {name.lower(): value for name, value in (more or {}).items()}
+        made["authorization"] = f"Basic {b64encode(login.encode()).decode()}"
+    elif api_key:
+        made["authorization"] = f"Bearer {api_key}"
+    made |= {name.strip().lower(): value.strip() for name, value in more.items()}
     for name, value in made.items():
-        if not re.fullmatch("[\x20-\x7e\t]*", value) or not re.fullmatch(
-            "[!-9;-~]+", name
-        ):
-            shown = "the API key" if name == "authorization" else f"the header {name!r}"
+        shown = "the API key" if name == "authorization" else f"the header {name!r}"
+        if not re.fullmatch("[!-9;-~]+", name) or not re.fullmatch("[ -~\t]*", value):
             raise ValueError(f"{shown} holds a control or non-ASCII character")
-    secret = re.compile("auth|key|token|secret|cookie")
-    secrets = [
-        value.rpartition(" ")[2] for k, value in made.items() if secret.search(k)
-    ]
+    return made
+
+
+_SECRET = re.compile("auth|cookie|key|password|secret|token", re.IGNORECASE)
+
+
+def _secrets(headers: Mapping[str, str], url: str, login: str) -> list[str]:
+    """Return what is secret in a request, the longest first.
+
+    What has less than 8 characters is none: to replace it would garble what is said.
+    """
+    from urllib.parse import parse_qsl, urlsplit
+
     user, _, password = login.partition(":")
-    return made, [s for s in (*secrets, password or user) if s]
+    query = urlsplit(url).query
+    found = [query, *(value for _, value in parse_qsl(query)), password or user]
+    for name, value in headers.items():
+        if _SECRET.search(name):
+            found += [value, *re.split(r"[\s;,=]+", value)]
+    return sorted({s for s in found if len(s) >= 8}, key=len, reverse=True)
 
 
-def _timeouts(timeout: float | httpx.Timeout | None) -> dict[str, float | None]:
-    if timeout is None:
-        return dict.fromkeys(("connect", "read", "write", "pool"))
-    if isinstance(timeout, (int, float)):
-        if not timeout > 0:
-            raise ValueError("timeout must be over 0 seconds, or None for no limit")
-        each: dict[str, Any] = dict.fromkeys(("read", "write", "pool"), timeout)
-        each["connect"] = min(timeout, CONNECT_TIMEOUT)
-        return each
-    if not hasattr(timeout, "as_dict"):
-        raise TypeError("timeout is a number of seconds, an httpx.Timeout, or None")
-    return timeout.as_dict()
+def _seconds(name: str, value: float | None) -> float | None:
+    """Return a limit that sockets and threads take. Raises ValueError, TypeError."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number of seconds, or None for no limit")
+    if not value > 0:
+        raise ValueError(f"{name} must be over 0 seconds, or None for no limit")
+    return float(min(value, _LONGEST))
+
+
+def _timeouts(timeout: float | Timeout | None) -> tuple[float | None, ...]:
+    """Return the seconds to connect, read, write and wait for the pool."""
+    given: Any = timeout
+    if hasattr(given, "as_dict"):  # an httpx.Timeout, or httpx2's
+        each = given.as_dict()
+        phases = ("connect", "read", "write", "pool")
+        return tuple(_seconds(f"timeout's {name}", each[name]) for name in phases)
+    seconds = _seconds("timeout", given)
+    connect = None if seconds is None else min(seconds, CONNECT_TIMEOUT)
+    return connect, seconds, seconds, seconds
 
 
 def _messages(messages: Messages, system: str | None) -> list[Any]:
@@ -1883,6 +2171,20 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, _Model):  # a message of an earlier answer
         return value.to_dict()
     raise TypeError(f"{type(value).__name__} cannot go into a request")
+
+
+class _ModelsDecoder(_AnswerDecoder):
+    """The same for a list of models: gives their names."""
+
+    def _take_json(self, payload: Json, text: str) -> Any:
+        if "data" not in payload:
+            raise self._invalid("JSON that is no list of models", text)
+        self._json = payload
+        names = (model.get("id") for model in _dicts(payload["data"]))
+        return filter(_string, names)
+
+    def _chunk(self, data: str, told: bool = False) -> Any:
+        raise self._invalid("an event stream in place of a list of models", data)
 
 
 # ------------------------------------------------------------------------------------
@@ -1927,471 +2229,320 @@ def _new_client(kind: str, url: str) -> Any:
         why = (
             "needs `pip install httpx[socks]`" if "SOCKS" in str(error) else "is no URL"
         )
-        raise APIConnectionError(
-            f"the proxy that the environment names {why}"
-        ) from None
+    raise APIConnectionError(f"the proxy that the environment names {why}")
 
 
-def _shut(response: Any) -> bool:
-    """End the connection of a response at once, also for a read that waits for it.
+def _client_for(call: _Call, kind: str) -> Any:
+    """Return the client to ask, in a context that closes it if it is our own."""
+    if call.client is not None:
+        return nullcontext(call.client)
+    return _new_client(kind, call.url)
 
-    With a reset, which reaches even a server that waits for us to read. Not with
-    HTTP/2, where other streams share the connection.
+
+def _check_client(client: Any, kind: str) -> None:
+    is_async = hasattr(client, "aclose")
+    if client is not None and is_async != (kind == "AsyncClient"):
+        raise TypeError(f"client must be an httpx.{kind} here")
+
+
+def _ask(call: _Call) -> Generator[ChatCompletionChunk, None, None]:
+    """Ask, and give what the answer is made of; to close this closes all it opened."""
+    answer, cause = call.answer, None
+    with (
+        _client_for(call, "Client") as client,
+        closing(_open(call, client)) as response,
+    ):
+        reads = response.iter_raw()
+        while not (answer.done or answer.closed):
+            try:
+                data = _read(reads, call)
+            except _network_errors() as error:
+                cause = error
+                break
+            if data is None:
+                break
+            for chunk in answer.feed(data):
+                yield chunk
+        for chunk in call.finish(cause):
+            yield chunk
+        _rest(reads, response, _DRAIN_SECONDS)
+
+
+async def _aask(call: _Call) -> AsyncGenerator[ChatCompletionChunk, None]:
+    """Async twin of `_ask`."""
+    answer, cause = call.answer, None
+    async with (
+        _client_for(call, "AsyncClient") as client,
+        aclosing(await _aopen(call, client)) as response,
+    ):
+        reads = response.aiter_raw()
+        while not (answer.done or answer.closed):
+            try:
+                data = await _aread(reads, call)
+            except _network_errors() as error:
+                cause = error
+                break
+            if data is None:
+                break
+            for chunk in answer.feed(data):
+                yield chunk
+        for chunk in call.finish(cause):
+            yield chunk
+        await _arest(reads, response, _DRAIN_SECONDS)
+
+
+def _open(call: _Call, client: Any) -> Response:
+    """Ask, again where the rules say so, until an answer begins."""
+    while True:
+        started = time.monotonic()
+        try:
+            request = call.build(client, call.time_left())
+            response = client.send(request, stream=True, follow_redirects=False)
+            if response.is_success:
+                return call.begin(response)
+            with closing(response):
+                body = _rest(response.iter_raw(), response, _ERROR_BODY_SECONDS)
+            error: APIError = call.refusal(response, body)
+        except _network_errors() as cause:
+            error = call.failure(cause, started)
+        time.sleep(call.wait_before_retry(error))
+
+
+async def _aopen(call: _Call, client: Any) -> Response:
+    """Async twin of `_open`; here the time for the first token bounds all of it."""
+    import anyio
+
+    with anyio.move_on_after(call.time_left()) as call.scope:
+        while True:
+            started = time.monotonic()
+            try:
+                request = call.build(client)
+                response = await client.send(
+                    request, stream=True, follow_redirects=False
+                )
+                if response.is_success:
+                    return call.begin(response)
+                async with aclosing(response):
+                    body = await _arest(
+                        response.aiter_raw(), response, _ERROR_BODY_SECONDS
+                    )
+                error: APIError = call.refusal(response, body)
+            except _network_errors() as cause:
+                error = call.failure(cause, started)
+            await anyio.sleep(call.wait_before_retry(error))
+    raise call.cut()
+
+
+def _read(reads: Iterator[bytes], call: _Call) -> bytes | None:
+    """Return what comes next, None at the end; httpx bounds the wait for it.
+
+    The time for the first token bounds several reads, so a thread looks after it.
+    """
+    seconds = call.time_left()
+    if seconds is None:
+        return next(reads, None)
+    with _alarm(call.response, seconds):
+        return next(reads, None)
+
+
+async def _aread(reads: AsyncIterator[bytes], call: _Call) -> bytes | None:
+    """Async twin of `_read`."""
+    seconds = call.time_left()
+    if seconds is None and not call.over_http2:
+        return await anext(reads, None)
+    import anyio
+
+    with anyio.move_on_after(seconds) as call.scope:
+        return await anext(reads, None)
+    return None
+
+
+def _rest(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
+    """Read the rest of a body, as far as it comes within the bounds."""
+    rest = bytearray()
+    if not response.is_closed:
+        with suppress(*_network_errors()), _alarm(response, seconds):
+            for data in reads:
+                rest += data
+                if len(rest) >= _REST_BYTES:
+                    break
+    return bytes(rest)
+
+
+async def _arest(reads: AsyncIterator[bytes], response: Any, seconds: float) -> bytes:
+    """Async twin of `_rest`."""
+    import anyio
+
+    rest = bytearray()
+    if not response.is_closed:
+        with suppress(*_network_errors()), anyio.move_on_after(seconds):
+            async for data in reads:
+                rest += data
+                if len(rest) >= _REST_BYTES:
+                    break
+    return bytes(rest)
+
+
+@contextmanager
+def _alarm(response: Any, seconds: float) -> Iterator[None]:
+    """Wake a read that has not come back after `seconds`."""
+    import threading
+
+    timer = threading.Timer(seconds, _wake, [response])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _wake(response: Any) -> None:
+    """End the read of a response that another thread waits in: shut its socket down.
+
+    Not with HTTP/2, where other streams share it; and not once the response is closed,
+    since another may have the connection by then.
     """
     import socket
 
     stream = response.extensions.get("network_stream")
     if stream is None or not response.http_version.startswith("HTTP/1"):
-        return False
+        return
     with suppress(OSError):
-        connection = stream.get_extra_info("socket")
-        no_linger = (1).to_bytes(4, sys.byteorder) + bytes(4)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
-        connection.shutdown(socket.SHUT_RDWR)
-    return True
+        if not response.is_closed:
+            stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-def _alarm(
-    seconds: float, response: Any, rings: Callable[[], bool] = lambda: True
-) -> threading.Timer:
-    """Shut the connection after `seconds`, if `rings` then says so.
+class _Texts:
+    """Makes whole characters of texts, in which a surrogate pair may be cut in two."""
 
-    httpx bounds each read, but no number of reads. A thread does it for sync code, for
-    asyncio and for trio alike.
-    """
-    import threading
+    def __init__(self) -> None:
+        self.half = ""
 
-    timer = threading.Timer(max(0.0, seconds), lambda: rings() and _shut(response))
-    timer.daemon = True
-    timer.start()
-    return timer
+    def feed(self, text: str) -> str:
+        """Return what is whole; hold a half back that may yet be joined."""
+        text = self.half + text
+        self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        return str(_encodable(text.removesuffix(self.half)))
 
-
-def _running_trio() -> Any:
-    trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_run() else None
-
-
-def _spawner() -> Callable[[Callable[[], Coroutine[Any, Any, None]]], Any]:
-    """Return how to start a task in this event loop, even from another thread."""
-    trio = _running_trio()
-    if trio is not None:
-        token = trio.lowlevel.current_trio_token()
-        here, spawn = trio.lowlevel.in_trio_run, trio.lowlevel.spawn_system_task
-
-        def spawn_soon(job: Callable[[], Coroutine[Any, Any, None]]) -> None:
-            with suppress(RuntimeError):  # the run is over
-                spawn(job)
-
-        return lambda job: (
-            spawn_soon(job) if here() else token.run_sync_soon(spawn_soon, job)
-        )
-
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-
-    def start(job: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        if asyncio._get_running_loop() is loop:  # at once: it may be about to end
-            loop.create_task(job())  # noqa: RUF006 - the loop refers to what it waits for
-        else:
-            loop.call_soon_threadsafe(lambda: loop.create_task(job()))
-
-    return start
-
-
-async def _aclose(response: Any, reads: Any, client: Any) -> None:
-    try:
-        if response is not None and not response.is_closed:
-            if _shut(response) and _running_trio():
-                # httpx reads through generators, and trio warns of any that is dropped
-                # before its end: now that the connection is shut, that comes at once.
-                with suppress(Exception):
-                    while True:
-                        await reads.__anext__()
-            await response.aclose()
-    finally:
-        if client is not None:
-            await client.aclose()
-
-
-def _abandon(
-    spawn: Callable[[Any], Any], response: Any, reads: Any, client: Any, timer: Any
-) -> None:
-    """Close what a stream held that was let go of."""
-
-    async def close() -> None:
-        with suppress(Exception):
-            await _aclose(response, reads, client)
-
-    if timer is not None:
-        timer.cancel()
-    _shut(response)
-    with suppress(RuntimeError):  # the event loop is gone, and all with it
-        spawn(close)
-
-
-def _tracer(phases: list[str]) -> Callable[[str, Any], None]:
-    return lambda phase, info: phases.append(phase)
-
-
-def _async_tracer(phases: list[str]) -> Callable[[str, Any], Awaitable[None]]:
-    async def trace(phase: str, info: Any) -> None:
-        phases.append(phase)
-
-    return trace
-
-
-def _was_idle(error: APIError, phases: list[str]) -> bool:
-    """Tell whether a kept connection turned out to be dead.
-
-    Servers close them when they like, llama.cpp after each stream. That is no failure
-    of this request: it is sent again at once.
-    """
-    broke = isinstance(error, APIConnectionError) and not isinstance(
-        error, APITimeoutError
-    )
-    sent = any("send_request_headers" in phase for phase in phases)
-    return broke and sent and not any(".connect_" in phase for phase in phases)
+    def end(self) -> str:
+        """Return what is left."""
+        return str(_encodable(self.half))
 
 
 class _Stream:
-    """What both streams are made of: the request, and the answer so far."""
+    """What both streams are made of."""
 
-    _kind = "Client"
-
-    def __init__(self, request: _Request) -> None:
-        is_async = hasattr(request.client, "aclose")
-        if request.client is not None and is_async != (self._kind == "AsyncClient"):
-            raise TypeError(f"client must be an httpx.{self._kind} here")
-        self.response: Any = None
-        self._request = request
-        self._client = request.client
-        where = f" ({request.shown_url})"
-        self._decoder = _AnswerDecoder(request.max_event_bytes, where, request.redact)
-        self._ready: Iterator[ChatCompletionChunk] = iter(())  # decoded, not given out
-        self._reads: Any = None
-        self._timer: threading.Timer | None = None
-        self._closed = False
-        self._half = ""  # the first half of a surrogate pair, held back by `text`
+    def __init__(self, call: _Call, kind: str) -> None:
+        _check_client(call.client, kind)
+        self._call = call
+        self._answer = call.answer
 
     @property
     def completion(self) -> ChatCompletion:
-        """What has come so far, at any time."""
-        return self._decoder.completion
+        """What has come so far, at any time; it does not change any more."""
+        return self._answer.completion
 
     @property
     def complete(self) -> bool:
         """Whether the answer is whole: ended as it should, and without an error."""
-        return self._decoder.complete
+        return self._answer.complete
 
-    def _begin(self, started: float) -> None:
-        request = self._request
-        timeouts = self.response.request.extensions["timeout"]
-        timeouts["read"] = request.timeouts["read"]  # it may have been less for headers
-        limit = request.first_token_timeout
-        self._decoder.begin(self.response.headers, timeouts["read"], limit)
-        if limit is not None:
-            left = started + limit - time.monotonic()
-            self._timer = _alarm(left, self.response, self._decoder.is_late)
-
-    def _stop(self) -> bool:
-        """Mark the stream as closed; return whether it was before."""
-        closed, self._closed = self._closed, True
-        if self._timer is not None:
-            self._timer.cancel()
-        return closed
-
-    def _owned_client(self) -> Any:
-        return self._client if self._request.client is None else None
-
-    def _must_drain(self) -> bool:
-        return not (self._closed or self.response.is_closed)
-
-    def _characters(self, text: str) -> str:
-        """Return what of `text` is whole; hold back a half that may yet be joined."""
-        text = self._half + text
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        return str(_encodable(text.removesuffix(self._half)))
-
-    def _last_character(self) -> str:
-        half, self._half = self._half, ""
-        return str(_encodable(half))
+    @property
+    def response(self) -> Response | None:
+        """The httpx.Response, None before the first chunk."""
+        return self._call.response
 
 
 class ChatStream(_Stream):
     """A streamed answer: an iterator of ChatCompletionChunk, and a context manager.
 
-    It connects at the first `next` or at `with`, and raises an APIError wherever it
-    ends but at its end. To leave a loop over it, to `close` it and to let go of it
-    closes the connection, so that the server stops. `response` is the httpx.Response,
-    None before.
+    It connects at the first `next`, and raises an APIError wherever it ends but at its
+    end. `with`, `close` and letting go of it close the connection, so that the server
+    stops; a loop that is left can be gone on with while the stream has a name.
     """
 
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        """Wait between two attempts; to be replaced where a test should not."""
-        time.sleep(seconds)
+    def __init__(self, call: _Call) -> None:
+        super().__init__(call, "Client")
+        self._chunks = _ask(call)
 
-    def __iter__(self) -> Iterator[ChatCompletionChunk]:
-        return self._each(self.__next__)
+    def __iter__(self) -> ChatStream:
+        return self
+
+    def __next__(self) -> ChatCompletionChunk:
+        for chunk in self._chunks:
+            return chunk
+        self._answer.closed = True  # or whoever asks for more would take it for whole
+        self._answer.check()
+        raise StopIteration
 
     def text(self) -> Iterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        return self._each(self._next_text)
-
-    def _each(self, step: Callable[[], Any]) -> Iterator[Any]:
-        try:
-            yield from iter(step, None)
-        finally:  # the loop was left, or is over
-            self.close()
-
-    def __next__(self) -> ChatCompletionChunk:
-        try:
-            if self._reads is None or self._closed:
-                self._open()
-            while (chunk := next(self._ready, None)) is None:
-                if self._decoder.done:
-                    if self._must_drain():
-                        self._rest(_DRAIN_SECONDS)
-                    raise StopIteration
-                self._ready = iter(self._read())
-            return chunk
-        except BaseException:
-            self.close()
-            raise
-
-    def _next_text(self) -> str:
-        try:
-            while not (text := self._characters(self.__next__().text)):
-                pass
-        except StopIteration:
-            text = self._last_character()
-            if not text:
-                raise
-        return text
-
-    def _open(self) -> None:
-        """Send the request, again where the rules say so, until an answer begins."""
-        if self._closed:
-            return self._decoder.check_open()
-        request = self._request
-        client = self._client = self._client or _new_client(self._kind, request.url)
-        attempt = 0
-        while True:
-            phases: list[str] = []
-            options = request.options(_tracer(phases))
-            started = time.monotonic()
-            try:
-                asked = client.build_request("POST", request.url, **options)
-                response = client.send(asked, stream=True, follow_redirects=False)
-                self.response, self._reads = response, response.iter_raw()
-                if response.is_success:
-                    return self._begin(started)
-                body = self._rest(_ERROR_BODY_SECONDS)
-                self._release()
-                error: APIError = request.refusal(response, body)
-            except _network_errors() as cause:
-                error = request.failure(cause, time.monotonic() - started)
-            if not _was_idle(error, phases):
-                self.sleep(request.wait_before_retry(error, attempt))
-                attempt += 1
-
-    def _read(self) -> Iterable[ChatCompletionChunk]:
-        try:
-            return self._decoder.feed(next(self._reads))
-        except StopIteration:
-            return self._decoder.finish(None)
-        except _network_errors() as cause:
-            return self._decoder.finish(cause)
-
-    def _rest(self, seconds: float) -> bytes:
-        """Read the rest of the body, as far as it comes within the bounds."""
-        timer = _alarm(seconds, self.response)
-        rest = bytearray()
-        try:
-            while len(rest) < _REST_BYTES:
-                rest += next(self._reads)
-        except (StopIteration, *_network_errors()):  # type: ignore[misc]
-            pass
-        finally:
-            timer.cancel()
-        return bytes(rest)
+        texts = _Texts()
+        for chunk in self:
+            if text := texts.feed(chunk.text):
+                yield text
+        if text := texts.end():
+            yield text
 
     def close(self) -> None:
-        """Close the connection, so that the server stops; what has come stays."""
-        if self._stop():
-            return
-        try:
-            self._release()
-        finally:
-            if (client := self._owned_client()) is not None:
-                client.close()
+        """Close the connection, so that the server stops; what has come stays.
 
-    def _release(self) -> None:
-        if self.response is not None and not self.response.is_closed:
-            _shut(self.response)
-            self.response.close()
-
-    def __enter__(self) -> Self:
+        A thread that waits for the next chunk gets TruncatedStreamError; over HTTP/2,
+        and before the headers have come, only when something does.
+        """
+        self._answer.closed = True
         try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+            self._chunks.close()
+        except ValueError:  # another thread is in it, and closes it
+            if self.response is not None:
+                _wake(self.response)
+
+    def __enter__(self) -> ChatStream:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
-
-class _AsyncIteration:
-    """A loop over a stream: who leaves it lets go of this, and so of the stream."""
-
-    def __init__(self, stream: AsyncChatStream, step: Callable[[], Any]) -> None:
-        self._stream = stream
-        self._step = step
-
-    def __aiter__(self) -> Self:
-        return self
-
-    def __anext__(self) -> Any:
-        return self._step()
-
-    def __del__(self) -> None:
-        self._stream._let_go()
-
 
 class AsyncChatStream(_Stream):
     """Async twin of `ChatStream`, under asyncio and trio."""
 
-    _kind = "AsyncClient"
-    _letting_go: weakref.finalize[Any, Any] | None = None
+    def __init__(self, call: _Call) -> None:
+        super().__init__(call, "AsyncClient")
+        self._chunks = _aask(call)
 
-    @staticmethod
-    async def sleep(seconds: float) -> None:
-        """Wait between two attempts; to be replaced where a test should not."""
-        import asyncio
-
-        await (_running_trio() or asyncio).sleep(seconds)
-
-    def __aiter__(self) -> AsyncIterator[ChatCompletionChunk]:
-        return _AsyncIteration(self, self.__anext__)
-
-    def text(self) -> AsyncIterator[str]:
-        """Iterate over the text of the first answer alone; it can always be encoded."""
-        return _AsyncIteration(self, self._next_text)
+    def __aiter__(self) -> AsyncChatStream:
+        return self
 
     async def __anext__(self) -> ChatCompletionChunk:
-        try:
-            if self._reads is None or self._closed:
-                await self._open()
-            while (chunk := next(self._ready, None)) is None:
-                if self._decoder.done:
-                    if self._must_drain():
-                        await self._rest(_DRAIN_SECONDS)
-                    raise StopAsyncIteration
-                self._ready = iter(await self._read())
+        async for chunk in self._chunks:
             return chunk
-        except BaseException:
-            await self.aclose()
-            raise
+        self._answer.closed = True  # or whoever asks for more would take it for whole
+        self._answer.check()
+        raise StopAsyncIteration
 
-    async def _next_text(self) -> str:
-        try:
-            while not (text := self._characters((await self.__anext__()).text)):
-                pass
-        except StopAsyncIteration:
-            text = self._last_character()
-            if not text:
-                raise
-        return text
-
-    async def _open(self) -> None:
-        """Send the request, again where the rules say so, until an answer begins."""
-        if self._closed:
-            return self._decoder.check_open()
-        request = self._request
-        client = self._client = self._client or _new_client(self._kind, request.url)
-        attempt = 0
-        while True:
-            phases: list[str] = []
-            options = request.options(_async_tracer(phases))
-            started = time.monotonic()
-            try:
-                asked = client.build_request("POST", request.url, **options)
-                response = await client.send(asked, stream=True, follow_redirects=False)
-                self.response, self._reads = response, response.aiter_raw()
-                if response.is_success:
-                    self._begin(started)
-                    return self._watch()
-                body = await self._rest(_ERROR_BODY_SECONDS)
-                await _aclose(response, self._reads, None)
-                error: APIError = request.refusal(response, body)
-            except _network_errors() as cause:
-                error = request.failure(cause, time.monotonic() - started)
-            if not _was_idle(error, phases):
-                await self.sleep(request.wait_before_retry(error, attempt))
-                attempt += 1
-
-    def _watch(self) -> None:
-        """Have the connection closed when nothing refers to the stream any more.
-
-        Nothing can be awaited then, so a task does it. A `__del__` would be too late:
-        in a cycle the collector takes httpx's generators along with the stream.
-        """
-        what = (
-            _spawner(),
-            self.response,
-            self._reads,
-            self._owned_client(),
-            self._timer,
-        )
-        self._letting_go = weakref.finalize(self, _abandon, *what)
-        self._letting_go.atexit = False
-
-    async def _read(self) -> Iterable[ChatCompletionChunk]:
-        try:
-            return self._decoder.feed(await self._reads.__anext__())
-        except StopAsyncIteration:
-            return self._decoder.finish(None)
-        except _network_errors() as cause:
-            return self._decoder.finish(cause)
-
-    async def _rest(self, seconds: float) -> bytes:
-        """Read the rest of the body, as far as it comes within the bounds."""
-        timer = _alarm(seconds, self.response)
-        rest = bytearray()
-        try:
-            while len(rest) < _REST_BYTES:
-                rest += await self._reads.__anext__()
-        except (StopAsyncIteration, *_network_errors()):  # type: ignore[misc]
-            pass
-        finally:
-            timer.cancel()
-        return bytes(rest)
+    async def text(self) -> AsyncIterator[str]:
+        """Iterate over the text of the first answer alone; it can always be encoded."""
+        texts = _Texts()
+        async for chunk in self:
+            if text := texts.feed(chunk.text):
+                yield text
+        if text := texts.end():
+            yield text
 
     async def aclose(self) -> None:
-        """Close the connection, so that the server stops; what has come stays."""
-        if self._stop():
-            return
-        if self._letting_go is not None:
-            self._letting_go.detach()
-        await _aclose(self.response, self._reads, self._owned_client())
+        """Close the connection, so that the server stops; what has come stays.
 
-    def _let_go(self) -> None:
-        if self._letting_go is not None and not self._stop():
-            self._letting_go()
-
-    async def __aenter__(self) -> Self:
+        A task that waits for the next chunk gets TruncatedStreamError.
+        """
+        self._answer.closed = True
         try:
-            await self._open()
-        except BaseException:
-            await self.aclose()
-            raise
+            await self._chunks.aclose()
+        except RuntimeError:  # another task is in it, and closes it
+            await self._call.awake()
+
+    async def __aenter__(self) -> AsyncChatStream:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -2403,19 +2554,42 @@ class AsyncChatStream(_Stream):
 # ------------------------------------------------------------------------------------
 
 
-def _arguments_of(
-    model: Callable[P, Any],
+_OWNED = ("base_url", "api_key", "client")  # by a ChatClient: its calls have none
+
+
+def _options_of(call: Callable[Concatenate[Messages, P], T]) -> Callable[P, T]:
+    """Tell type checkers what a call takes beside its messages."""
+    return call  # type: ignore[return-value]
+
+
+def _function(
+    call: Callable[P, Any],
 ) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """Give a function the signature of `model`, for type checkers and for `help`."""
-
-    def give(function: Callable[..., T]) -> Callable[P, T]:
-        function.__wrapped__ = model  # type: ignore[attr-defined]
-        return function
-
-    return give
+    """Give a function the arguments of a call, for type checkers, editors and help."""
+    return _signed
 
 
-@_arguments_of(_Request)
+def _method(
+    call: Callable[P, Any], without: Sequence[str] = ()
+) -> Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]:
+    """Give a method the arguments of a call."""
+    return functools.partial(_signed, without=without)
+
+
+def _signed(function: Any, without: Sequence[str] = ()) -> Any:
+    own = inspect.signature(function)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = {"messages", *without}
+    options = inspect.signature(_Call).parameters.values()
+    parameters += [option for option in options if option.name not in known]
+    function.__signature__ = own.replace(parameters=parameters)
+    return function
+
+
+_OPTIONS = _options_of(_Call)  # type: ignore[arg-type] # as if messages had no name
+
+
+@_function(_Call)
 def stream_chat(messages: Messages, **options: Any) -> ChatStream:
     """Ask a model, and give its answer as it comes: iterate over what this returns.
 
@@ -2426,9 +2600,11 @@ def stream_chat(messages: Messages, **options: Any) -> ChatStream:
     api_key: default OPENAI_API_KEY, else none is sent.
     system: a system message, put before the others.
     timeout: seconds between two reads (to connect at most 5), or an httpx.Timeout.
-    first_token_timeout: seconds until a token has come, whatever else does.
+    first_token_timeout: seconds until a token has come, whatever else does; in sync
+        code it cannot bound a server that sends its headers byte by byte, nor HTTP/2.
     max_retries: how often to ask again where no connection came about, and at the
         statuses 408, 409, 429 and 5xx; after 0.5 s doubling to 8 s, or `Retry-After`.
+        Once a call is asked again at once, where a kept connection turns out dead.
     max_event_bytes: the most that one event, or an answer in one piece, may take.
     headers: sent beside ours, or in their place (Azure: `{"api-key": …}`).
     client: your own httpx.Client, or httpx2's; it is used, and not closed.
@@ -2436,31 +2612,67 @@ def stream_chat(messages: Messages, **options: Any) -> ChatStream:
 
     Raises ValueError or TypeError for what cannot be asked; the stream raises APIError.
     """
-    return ChatStream(_Request(messages, **options))
+    return ChatStream(_Call(messages, **options))
 
 
-@_arguments_of(_Request)
+@_function(_Call)
 def astream_chat(messages: Messages, **options: Any) -> AsyncChatStream:
     """Async twin of `stream_chat`: `async for chunk in astream_chat("hi")`."""
-    return AsyncChatStream(_Request(messages, **options))
+    return AsyncChatStream(_Call(messages, **options))
 
 
-@_arguments_of(_Request)
+@_function(_Call)
 def generate(messages: Messages, **options: Any) -> ChatCompletion:
     """Ask as `stream_chat` does, for the answer in one piece. Raises APIError."""
-    with ChatStream(_Request(messages, **options).in_one_piece()) as stream:
-        for _ in stream:
-            pass
-        return stream.completion
+    return _whole(_Call(messages, **options))
 
 
-@_arguments_of(_Request)
+@_function(_Call)
 async def agenerate(messages: Messages, **options: Any) -> ChatCompletion:
     """Async twin of `generate`."""
-    async with AsyncChatStream(_Request(messages, **options).in_one_piece()) as stream:
-        async for _ in stream:
-            pass
-        return stream.completion
+    return await _awhole(_Call(messages, **options))
+
+
+@_function(_OPTIONS)
+def models(**options: Any) -> list[str]:
+    """Return the names of the models that a server lists. Raises APIError.
+
+    Of the options of `stream_chat` those count that say where and how to ask; for all
+    of it there are 30 seconds, or `first_token_timeout`.
+    """
+    return _names(_Call("", **options))
+
+
+@_function(_OPTIONS)
+async def amodels(**options: Any) -> list[str]:
+    """Async twin of `models`."""
+    return await _anames(_Call("", **options))
+
+
+def _whole(call: _Call) -> ChatCompletion:
+    stream = ChatStream(call.in_one_piece())
+    for _ in stream:
+        pass
+    return stream.completion
+
+
+async def _awhole(call: _Call) -> ChatCompletion:
+    stream = AsyncChatStream(call.in_one_piece())
+    async for _ in stream:
+        pass
+    return stream.completion
+
+
+def _names(call: _Call) -> list[str]:
+    _check_client(call.client, "Client")
+    names: list[Any] = list(_ask(call.for_models()))
+    return names
+
+
+async def _anames(call: _Call) -> list[str]:
+    _check_client(call.client, "AsyncClient")
+    names: list[Any] = [name async for name in _aask(call.for_models())]
+    return names
 
 
 class _Client:
@@ -2468,49 +2680,52 @@ class _Client:
 
     _kind = "Client"
 
-    def __init__(
-        self,
-        *,
-        model: str | None = None,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        system: str | None = None,
-        timeout: float | httpx.Timeout | None = DEFAULT_TIMEOUT,
-        first_token_timeout: float | None = None,
-        max_retries: int = 2,
-        max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
-        headers: Mapping[str, str] | None = None,
-        client: Any = None,
-    ) -> None:
-        self._options = {
-            k: v for k, v in locals().items() if k not in ("self", "client")
-        }
-        url = _Request("", **self._options).url
-        self._own = _new_client(self._kind, url) if client is None else None
-        self._options["client"] = self._own or client
+    @_method(_OPTIONS)
+    def __init__(self, **options: Any) -> None:
+        call = _Call("", **options)
+        _check_client(call.client, self._kind)
+        self._own = None if call.client else _new_client(self._kind, call.url)
+        owned = {"base_url": call.base_url, "api_key": call.api_key}
+        self._options = options | owned | {"client": call.client or self._own}
+
+    def _call(self, messages: Messages, options: Json) -> _Call:
+        for name in options.keys() & set(_OWNED):
+            raise TypeError(f"{name} is the client's, and not of a call: make another")
+        merged = {**self._options, **options}
+        ours, theirs = self._options.get("headers"), options.get("headers")
+        merged["headers"] = {**(ours or {}), **(theirs or {})}
+        return _Call(messages, **merged)
 
 
 class ChatClient(_Client):
     """`stream_chat` and `generate` over one pool of connections; a context manager.
 
-    Its arguments are theirs, and hold for every call that does not give its own. Any
-    number of threads may use it at once.
+    Its arguments are theirs, and hold for every call that does not give its own; but
+    `base_url`, `api_key` and `client` are the client's alone. Any number of threads may
+    use it at once.
     """
 
+    @_method(_Call, _OWNED)
     def stream(self, messages: Messages, **options: Any) -> ChatStream:
         """Ask as `stream_chat` does, with the same arguments."""
-        return stream_chat(messages, **{**self._options, **options})
+        return ChatStream(self._call(messages, options))
 
+    @_method(_Call, _OWNED)
     def generate(self, messages: Messages, **options: Any) -> ChatCompletion:
         """Ask as `generate` does, with the same arguments."""
-        return generate(messages, **{**self._options, **options})
+        return _whole(self._call(messages, options))
+
+    @_method(_OPTIONS, _OWNED)
+    def models(self, **options: Any) -> list[str]:
+        """Return the names of the models that the server lists, as `models` does."""
+        return _names(self._call("", options))
 
     def close(self) -> None:
         """Close the connections."""
         if self._own is not None:
             self._own.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ChatClient:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -2522,20 +2737,27 @@ class AsyncChatClient(_Client):
 
     _kind = "AsyncClient"
 
+    @_method(_Call, _OWNED)
     def stream(self, messages: Messages, **options: Any) -> AsyncChatStream:
         """Ask as `astream_chat` does, with the same arguments."""
-        return astream_chat(messages, **{**self._options, **options})
+        return AsyncChatStream(self._call(messages, options))
 
+    @_method(_Call, _OWNED)
     async def generate(self, messages: Messages, **options: Any) -> ChatCompletion:
         """Ask as `agenerate` does, with the same arguments."""
-        return await agenerate(messages, **{**self._options, **options})
+        return await _awhole(self._call(messages, options))
+
+    @_method(_OPTIONS, _OWNED)
+    async def models(self, **options: Any) -> list[str]:
+        """Return the names of the models that the server lists, as `amodels` does."""
+        return await _anames(self._call("", options))
 
     async def aclose(self) -> None:
         """Close the connections."""
         if self._own is not None:
             await self._own.aclose()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> AsyncChatClient:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -2835,8 +3057,8 @@ class _Terminal:
             raise ValueError("no prompt, neither as an argument nor on standard input")
         return text
 
-    def request(self, messages: Messages) -> _Request:
-        request = _Request(messages, **{**self.client._options, "model": self.model})
+    def request(self, messages: Messages) -> _Call:
+        request = self.client._call(messages, {"model": self.model})
         if self.args.usage and not self.args.no_stream:
             request.body["stream_options"] = {"include_usage": True}
         request.body.update(self.args.option)
@@ -2844,23 +3066,7 @@ class _Terminal:
 
     def models(self) -> list[str]:
         """Ask the server for the names of its models."""
-        request = self.request("")
-        request.url = re.sub(r"/chat/completions(?=\?|$)", "/models", request.url)
-        request.shown_url = _shown(request.url)
-        options = request.options(lambda phase, info: None) | {"content": b""}
-        client: Any = self.client._options["client"]
-        started = time.monotonic()
-        try:
-            response = client.request("GET", request.url, **options)
-        except _network_errors() as cause:
-            raise request.failure(cause, time.monotonic() - started) from cause
-        if not response.is_success:
-            raise request.refusal(response, response.content)
-        try:
-            return [str(model["id"]) for model in response.json()["data"] or []]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            text = f"{request.shown_url} gave no list of models"
-            raise APIResponseValidationError(text, response.text) from None
+        return self.client.models()
 
     def dry_run(self, prompt: str) -> str:
         """Return the request, and a curl command that sends it, without the key."""
@@ -2906,12 +3112,13 @@ class _Terminal:
             self.tell_usage(stream.completion.usage, started)
 
     def texts(self, stream: ChatStream) -> Iterator[str]:
+        whole = _Texts()
         for chunk in stream:
             if chunk.reasoning:
                 self.show(str(_encodable(chunk.reasoning)), thinking=True)
             refusals = [c.delta.refusal or "" for c in chunk.choices if c.index == 0]
-            yield stream._characters(chunk.text + "".join(refusals))
-        yield stream._last_character()
+            yield whole.feed(chunk.text + "".join(refusals))
+        yield whole.end()
 
     def show(self, text: str, thinking: bool = False) -> None:
         if not text or (thinking and self.args.hide_reasoning):
