@@ -2108,7 +2108,10 @@ def _headers(api_key: str, login: str, more: Mapping[str, str]) -> dict[str, str
         made["authorization"] = f"Basic {b64encode(login.encode()).decode()}"
     elif api_key:
         made["authorization"] = f"Bearer {api_key}"
-    made |= {name.strip().lower(): value.strip() for name, value in more.items()}
+    for name, value in more.items():
+        if not isinstance(value, str):
+            raise TypeError(f"the header {name!r} is no str")
+        made[name.strip().lower()] = value.strip()
     for name, value in made.items():
         shown = "the API key" if name == "authorization" else f"the header {name!r}"
         if not re.fullmatch("[!-9;-~]+", name) or not re.fullmatch("[ -~\t]*", value):
@@ -2177,14 +2180,20 @@ class _ModelsDecoder(_AnswerDecoder):
     """The same for a list of models: gives their names."""
 
     def _take_json(self, payload: Json, text: str) -> Any:
-        if "data" not in payload:
+        listed = payload.get("data", 0)
+        if listed is not None and not isinstance(
+            listed, list
+        ):  # Ollama's empty is null
             raise self._invalid("JSON that is no list of models", text)
         self._json = payload
-        names = (model.get("id") for model in _dicts(payload["data"]))
+        names = (model.get("id") for model in _dicts(listed))
         return filter(_string, names)
 
-    def _chunk(self, data: str, told: bool = False) -> Any:
-        raise self._invalid("an event stream in place of a list of models", data)
+    def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
+        chunks = super()._feed(data)
+        if self._kind == "stream":
+            raise self._invalid("an event stream in place of a list of models")
+        return chunks
 
 
 # ------------------------------------------------------------------------------------
@@ -2305,7 +2314,8 @@ def _open(call: _Call, client: Any) -> Response:
             error: APIError = call.refusal(response, body)
         except _network_errors() as cause:
             error = call.failure(cause, started)
-        time.sleep(call.wait_before_retry(error))
+        if wait := call.wait_before_retry(error):
+            time.sleep(wait)
 
 
 async def _aopen(call: _Call, client: Any) -> Response:
@@ -2329,7 +2339,8 @@ async def _aopen(call: _Call, client: Any) -> Response:
                 error: APIError = call.refusal(response, body)
             except _network_errors() as cause:
                 error = call.failure(cause, started)
-            await anyio.sleep(call.wait_before_retry(error))
+            if wait := call.wait_before_retry(error):
+                await anyio.sleep(wait)
     raise call.cut()
 
 
