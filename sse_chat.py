@@ -156,67 +156,75 @@ class ServerSentEvent:
 
 
 _BOM = b"\xef\xbb\xbf"
-_CR, _LF = b"\r\n"  # numbers: `in` finds these in bytes seven times as fast as bytes
+_CR, _LF, _COLON = b"\r\n:"  # numbers, which `in` finds seven times as fast as bytes
+
+
+class _Lines:
+    """Bytes in any pieces in, whole lines of bytes out.
+
+    CR, LF, CRLF and nothing else ends one, and it comes out as soon as that is there.
+    """
+
+    def __init__(self) -> None:
+        self.pending = bytearray()  # the line that has no end yet
+        self.fresh = False  # the next byte begins a line, and is no LF after a CR
+        self._after_cr = False  # a line ended at CR: an LF that follows is part of it
+        self._at_start = True  # one BOM is dropped, and only here
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Return the lines that `chunk` ends, without their ends."""
+        if self._at_start:
+            chunk = self._without_bom(chunk)
+        if self._after_cr and chunk:
+            self._after_cr = False
+            chunk = chunk.removeprefix(b"\n")
+        if _CR in chunk:
+            self._after_cr = chunk[-1] == _CR
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        pending = self.pending
+        if _LF not in chunk:
+            pending += chunk
+            self.fresh = not (pending or self._after_cr or self._at_start)
+            return []
+        lines = chunk.split(b"\n")
+        if pending:
+            pending += lines[0]
+            lines[0] = bytes(pending)
+            pending.clear()
+        pending += lines.pop()
+        self.fresh = not (pending or self._after_cr)
+        return lines
+
+    def _without_bom(self, chunk: bytes) -> bytes:
+        chunk = bytes(self.pending) + chunk
+        self.pending.clear()
+        self._at_start = len(chunk) < 3 and _BOM.startswith(chunk)
+        if self._at_start:
+            self.pending += chunk
+            return b""
+        return chunk.removeprefix(_BOM)
 
 
 class SSELineDecoder:
     """Bytes in any pieces in, whole lines out: CR, LF, CRLF and nothing else ends one.
 
-    Work and memory are linear in the bytes received, however they are cut.
+    A line comes out as soon as its end is there. Work and memory are linear in the
+    bytes received, however they are cut.
     """
 
     def __init__(self) -> None:
-        self.pending = bytearray()  # the line that has no end yet
-        self.after_cr = False  # a line ended at CR: an LF that follows is part of it
-        self._at_start = True  # one BOM is dropped, and only here
+        self._lines = _Lines()
 
     def feed(self, chunk: bytes) -> list[str]:
         """Return the lines that `chunk` ends, without their ends."""
-        lines = self._whole_lines(chunk).split("\n")
-        lines.pop()
-        return lines
-
-    def _whole_lines(self, chunk: bytes) -> str:
-        """Return the lines that `chunk` ends as one text; LF is their end."""
-        if self._at_start or self.after_cr:
-            chunk = self._skip(chunk)
-        rest = b""
-        if chunk[-1:] != b"\n":
-            end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
-            chunk, rest = chunk[:end], chunk[end:]
-        # No UTF-8 sequence spans a line end, so all up to the last is decoded at once.
-        pending = self.pending
-        if chunk and pending:
-            pending += chunk
-            text = pending.decode("utf-8", "replace")
-            pending.clear()
-        else:
-            text = chunk.decode("utf-8", "replace")
-        if "\r" in text:
-            self.after_cr = text[-1] == "\r" and not rest
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if rest:
-            pending += rest
-        return text
-
-    def _skip(self, chunk: bytes) -> bytes:
-        """Return `chunk` without the BOM, or the LF, that it may begin with."""
-        if self._at_start:
-            chunk = bytes(self.pending) + chunk
-            self.pending.clear()
-            if len(chunk) < 3 and _BOM.startswith(chunk):
-                self.pending += chunk
-                return b""
-            self._at_start = False
-            return chunk.removeprefix(_BOM)
-        self.after_cr = self.after_cr and not chunk
-        return chunk.removeprefix(b"\n")
+        # No UTF-8 sequence spans a line end, so each line can be decoded by itself.
+        return [line.decode("utf-8", "replace") for line in self._lines.feed(chunk)]
 
 
 class SSEDecoder:
-    """Lines in, or bytes, events out: "Interpreting an event stream" of the standard.
+    """Bytes in, or lines, events out: "Interpreting an event stream" of the standard.
 
-    `max_event_bytes` bounds one event's data and any single line; None for no bound.
+    `max_event_bytes` bounds what stands between two blank lines; None for no bound.
     Over it, every call raises SSEError. `last_event_id` is what to send as
     `Last-Event-ID` when connecting again, `retry` how long to wait before, in
     milliseconds, None if the server did not say.
@@ -227,50 +235,32 @@ class SSEDecoder:
         self.retry: int | None = None
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
         self._overflow = ""  # stays: after a lost event the rest is no stream
-        self._began = ""  # that event, as far as it had come
-        self._lines = SSELineDecoder()
-        self._data: list[str] = []  # joined once, or many lines would cost their square
-        self._size = 0  # bytes of _data
+        self._began = b""  # that event, as far as it had come
+        self._lines = _Lines()
+        self._size = 0  # bytes since the last blank line
+        self._data: list[bytes] = []  # joined once, or many would cost their square
         self._event = ""
         self._id = ""  # becomes last_event_id at the blank line, not before
         self._retry: int | None = None
-        self._between = True  # nothing of an event is there
-        self._at_read = False  # nor of a line: the next read can be taken by itself
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that `chunk` ends. Raises SSEError over the limit."""
-        pending = self._lines.pending
-        if not pending:
-            data = self._only_data(chunk)
-            if data is not None:
-                return [ServerSentEvent("message", data, self._id)]
-        elif _LF not in chunk and _CR not in chunk:
-            pending += chunk  # the middle of a line, and nothing to look at
-            if len(pending) <= self._limit:
-                return []
-            chunk = b""
-        most = 3 * (len(pending) + len(chunk))  # each bad byte becomes the 3 of U+FFFD
-        counting = self._size + most > self._limit
-        text = self._lines._whole_lines(chunk)
-        datas = _plain_datas(text) if self._between and not counting else None
-        if datas is None:
-            lines = text.split("\n")
-            lines.pop()
-            del text  # a large event is in memory twice, not three times
-            events: list[ServerSentEvent] = []
-            (self._take_counting if counting else self._take)(lines, events)
-        else:
-            id = self._id
-            events = [ServerSentEvent("message", data, id) for data in datas]
-        self._at_read = self._between and not (pending or self._lines.after_cr)
-        return events
+        data = self._only_data(chunk)
+        if data is not None:
+            return [ServerSentEvent("message", data, self._id)]
+        return self._take(self._lines.feed(chunk))
+
+    def decode(self, line: str) -> ServerSentEvent | None:
+        """Take one line without its end; return the event that a blank one ends."""
+        events = self._take([line.encode("utf-8", "surrogatepass")])
+        return events[0] if events else None
 
     def _only_data(self, chunk: bytes) -> str | None:
         """Return the data of a read that is one event of one line, None for others.
 
         Most reads are that. Without a look at each line they take half the time.
         """
-        if not self._at_read or chunk[:6] != b"data: " or 3 * len(chunk) > self._limit:
+        if chunk[:6] != b"data: " or self._size or not self._lines.fresh:
             return None
         end = chunk.find(b"\n")
         if chunk[end:] != b"\n\n":
@@ -278,95 +268,63 @@ class SSEDecoder:
             if chunk[end:] != b"\r\n\r\n":
                 return None
         data = chunk[6:end]
-        return None if _CR in data else data.decode("utf-8", "replace")
+        if _CR in data or end > self._limit:
+            return None
+        return data.decode("utf-8", "replace")
 
-    def decode(self, line: str) -> ServerSentEvent | None:
-        """Take one line without its end; return the event that a blank one ends."""
-        events: list[ServerSentEvent] = []
-        self._at_read = False
-        self._take_counting([line], events)
-        return events[0] if events else None
-
-    def _take(self, lines: list[str], events: list[ServerSentEvent]) -> None:
-        data, event, id, retry = self._data, self._event, self._id, self._retry
-        counted = len(data)
-        for line in lines:
-            # Nearly all that is not blank, and so the first to be looked for.
-            if line[:6] == "data: ":
-                data.append(line[6:])
-            elif not line:
-                if data:
-                    text = data[0] if len(data) == 1 else "\n".join(data)
-                    events.append(ServerSentEvent(event or "message", text, id, retry))
-                    data = []
-                    counted = self._size = 0
-                # No data, no event; but the id is kept, and the event type forgotten.
-                self.last_event_id = id
-                event, retry = "", None
-            elif line[0] != ":":
-                name, _, value = line.partition(":")
-                value = value.removeprefix(" ")
-                if name == "data":
-                    data.append(value)
-                elif name == "event":
-                    event = value
-                elif name == "id":
-                    id = id if "\0" in value else value
-                elif name == "retry":
-                    if value.isascii() and value.isdigit():
-                        with suppress(ValueError):  # more digits than Python converts
-                            retry = self.retry = int(value)
-                else:
-                    self._unknown_field(name, value, events)
-        self._data, self._event, self._id, self._retry = data, event, id, retry
-        if len(data) > counted:
-            self._size += _utf8_size("\n".join(data[counted:])) + 1
-        if lines:
-            self._between = not lines[-1]
-
-    def _take_counting(self, lines: list[str], events: list[ServerSentEvent]) -> None:
-        """Take lines of which one may be over the limit."""
-        for line in lines:
-            if not self._overflow:
-                self._take([line], events)
-                if max(_utf8_size(line), self._size) > self._limit:
-                    self._set_overflow((self._data or [line])[0])
-        pending = self._lines.pending
-        if len(pending) > self._limit and not self._overflow:
-            self._set_overflow(pending.decode("utf-8", "replace"))
+    def _take(self, lines: list[bytes]) -> list[ServerSentEvent]:
         if self._overflow:
-            raise SSEError(self._overflow, events)
+            self._lines.pending.clear()
+            raise SSEError(self._overflow)
+        events: list[ServerSentEvent] = []
+        size, limit, data = self._size, self._limit, self._data
+        for line in lines:
+            if not line:
+                if data:
+                    events.append(self._event_of(data))
+                    data.clear()
+                # No data, no event; but the id is kept, and the event type forgotten.
+                self.last_event_id, self._event, self._retry = self._id, "", None
+                size = 0
+                continue
+            size += len(line) + 1
+            if size - 1 > limit:
+                raise self._over(line, events)
+            if line[:6] == b"data: ":  # as nearly all are
+                data.append(line[6:])
+            elif line[0] != _COLON:
+                self._field(line, events)
+        self._size = size
+        pending = self._lines.pending
+        if pending and size + len(pending) > limit:
+            raise self._over(bytes(pending), events)
+        return events
 
-    def _set_overflow(self, began: str) -> None:
-        self._began = began
-        self._overflow = f"an event of more than {self._limit} bytes: {began[:200]!r}"
-        self._limit = -1
+    def _event_of(self, data: list[bytes]) -> ServerSentEvent:
+        joined = data[0] if len(data) == 1 else b"\n".join(data)
+        text = joined.decode("utf-8", "replace")
+        return ServerSentEvent(self._event or "message", text, self._id, self._retry)
+
+    def _field(self, line: bytes, events: list[ServerSentEvent]) -> None:
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._event = value.decode("utf-8", "replace")
+        elif name == b"id" and b"\0" not in value:
+            self._id = value.decode("utf-8", "replace")
+        elif name == b"retry" and value.isdigit():
+            with suppress(ValueError):  # more digits than Python converts
+                self._retry = self.retry = int(value)
+
+    def _over(self, line: bytes, events: list[ServerSentEvent]) -> SSEError:
+        self._began = (self._data or [line])[0]
+        began = self._began[:200].decode("utf-8", "replace")
+        self._overflow = f"an event of more than {self._limit} bytes: {began!r}"
+        self._limit = -1  # no read is taken by itself any more
         self._data.clear()
-
-    def _unknown_field(
-        self, name: str, value: str, events: list[ServerSentEvent]
-    ) -> None:
-        """Ignore a field, as the standard wants it."""
-
-
-def _plain_datas(text: str) -> list[str] | None:
-    """Return the data of events that are one line each, None if there are others.
-
-    Reads of many events are mostly that.
-    """
-    if text[:6] != "data: ":
-        return None
-    end = text.find("\n")
-    if text[end:] == "\n\n":
-        return [text[6:end]]
-    if text[end : end + 8] != "\n\ndata: " or text[-2:] != "\n\n":
-        return None
-    datas = text[6:-2].split("\n\ndata: ")
-    return None if "\n" in "".join(datas) else datas
-
-
-def _utf8_size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        return SSEError(self._overflow, events)
 
 
 def iter_lines(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -1348,11 +1306,12 @@ def _network_errors() -> tuple[type[Exception], ...]:
 class _ChatEvents(SSEDecoder):
     """Takes a field named `error` for an event: old llama.cpp reports errors so."""
 
-    def _unknown_field(
-        self, name: str, value: str, events: list[ServerSentEvent]
-    ) -> None:
-        if name == "error":
-            events.append(ServerSentEvent("error", value))
+    def _field(self, line: bytes, events: list[ServerSentEvent]) -> None:
+        name, _, value = line.partition(b":")
+        if name == b"error":
+            events.append(ServerSentEvent("error", value.decode("utf-8", "replace")))
+        else:
+            super()._field(line, events)
 
 
 class _AnswerDecoder:
@@ -1447,7 +1406,7 @@ class _AnswerDecoder:
                 return
         if over:
             what = f"an event of more than {self._limit} bytes"
-            raise self._invalid(what, self._events._began)
+            raise self._invalid(what, self._events._began.decode("utf-8", "replace"))
 
     def _unpacked(self, data: bytes) -> Iterator[bytes]:
         problem = ""
