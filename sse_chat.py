@@ -1333,37 +1333,38 @@ class _AnswerDecoder:
     and no `[DONE]` makes up for an error.
     """
 
-    def __init__(
-        self,
-        max_event_bytes: int | None,
-        choices: int = 1,
-        where: str = "",
-        redact: Callable[[str], str] = str,
-    ) -> None:
+    def __init__(self, max_event_bytes: int | None, call: _Call | None = None) -> None:
         self.done = False  # the body has said that it is over: no more is read
         self.closed = False  # it was closed from here
-        self.late = ""  # why, if no token came in the time for the first
+        self.late = False  # no token came in the time for the first
         self.failure: APIError | None = None
+        self.response: Response | None = None
+        self.over_http2 = False
+        self.scope: Any = None  # an anyio.CancelScope around what async code waits for
         self.has_token = False
-        self._choices = choices  # how many were asked for
-        self._where = where  # the URL, for messages
-        self._redact = redact
+        self._call = call
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
         self._events = _ChatEvents(max_event_bytes)
         self._answer = ChatAccumulator()
         self._content_type = ""
-        self._read_timeout: float | None = None  # seconds, for messages
-        self._unpacker: _Unpacker | None = None
+        self._unzip: Any = None
         self._kind = ""  # "stream", "json" or "other", once that is known
         self._mark = b""  # the first bytes that are not blank
         self._head = bytearray()  # all bytes, unless it is known to be a stream
         self._json: Json | None = None  # the completion, where it came in one piece
 
-    def begin(self, headers: Mapping[str, str], read_timeout: float | None) -> None:
-        """Take what is known before the first byte; without, the bytes alone tell."""
-        self._content_type = headers.get("content-type", "")
-        self._read_timeout = read_timeout
-        self._unpacker = _unpacker(headers)
+    def begin(self, response: Response) -> Response:
+        """Take the response; without one, the bytes alone tell what they are."""
+        self.response = response
+        self.over_http2 = response.http_version == "HTTP/2"
+        self._content_type = response.headers.get("content-type", "")
+        self._unzip = _unzip(response)
+        return response
+
+    @property
+    def over(self) -> bool:
+        """Whether no more is to be read, whatever comes."""
+        return self.done or self.closed or self.late
 
     @property
     def completion(self) -> ChatCompletion:
@@ -1373,15 +1374,25 @@ class _AnswerDecoder:
 
     @property
     def complete(self) -> bool:
-        ended = self.done and self._answer.started
-        ended = ended or self._answer.finished(self._choices) or self._json is not None
-        return ended and self.failure is None and not self._answer.failure
+        asked = self._call.choices if self._call else 1
+        ended = self._answer.finished(asked) or (self.done and self._answer.started)
+        whole = ended or self._json is not None
+        return whole and self.failure is None and not self._answer.failure
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         """Give the chunks that `data` ends; raise where the body goes wrong."""
-        if self._unpacker is None:
+        if self._unzip is None:
             return self._feed(data)
-        return itertools.chain.from_iterable(map(self._feed, self._unpacked(data)))
+        return itertools.chain.from_iterable(map(self._feed, self._unzipped(data)))
+
+    def _unzipped(self, data: bytes) -> Iterator[bytes]:
+        problem = ""
+        try:
+            yield from _pieces(self._unzip, data)
+        except zlib.error as error:
+            problem = str(error)
+        if problem:
+            raise self._invalid(f"a body that does not unpack ({problem})")
 
     def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         if self._kind != "stream":
@@ -1408,33 +1419,6 @@ class _AnswerDecoder:
             what = f"an event of more than {self._limit} bytes"
             raise self._invalid(what, self._events._began.decode("utf-8", "replace"))
 
-    def _unpacked(self, data: bytes) -> Iterator[bytes]:
-        problem = ""
-        try:
-            yield from self._unpacker.feed(data) if self._unpacker else ()
-        except zlib.error as error:
-            problem = str(error)
-        if problem:
-            raise self._invalid(f"a body that does not unpack ({problem})")
-
-    def finish(self, cause: Exception | None) -> Iterator[ChatCompletionChunk]:
-        """Give what the last bytes hold, then raise if the answer is not complete.
-
-        `cause` is how the connection broke, None if the server ended the body.
-        """
-        if self.done or self.closed or self.late:
-            pass
-        elif self._kind == "stream":
-            yield from self._last_event()
-        elif self._kind == "json":
-            yield from self._from_json(cause)
-        self.check(cause)
-
-    def check(self, cause: Exception | None = None) -> None:
-        """Raise if what has come is no whole answer."""
-        if not self.complete:
-            raise self.failure or self.verdict(cause)
-
     def _recognise(self, data: bytes) -> bytes:
         """Hold the body back until its first bytes tell what it is; give a stream's."""
         self._head += data
@@ -1456,41 +1440,50 @@ class _AnswerDecoder:
 
         It is an error if the name of the event has `told` so.
         """
-        try:
-            payload = _parse_json(data)
-            if told or type(payload) is not dict or not payload.get("choices"):
-                self._check_payload(payload, told, data)
-            chunk = self._chunk_of(payload)
-        except (ValueError, RecursionError) as error:
-            problem = str(error)
-        else:
-            if payload.get("error"):  # OpenRouter: beside choices
-                raise self._reported(data)
-            return chunk
-        self._take_other(data, told, problem)
-        return None
-
-    def _take_other(self, data: str, told: bool, problem: str) -> None:
-        """Take the data of an event that is no chunk, and whose JSON has a problem."""
-        if told:
+        payload, problem = _parsed(data)
+        if told or _find_error(payload):
             raise self._reported(data)
+        if not problem:
+            return self._chunk_of(payload, data)
         if data.startswith("[DONE]"):
             self.done = True
         elif data and not data.isspace():
-            raise self._invalid(f"an event that is no chat chunk ({problem})", data)
+            raise self._invalid(f"an event that is not JSON ({problem})", data)
+        return None
 
-    def _check_payload(self, payload: Any, told: bool, text: str) -> None:
-        if told or _find_error(payload):
-            raise self._reported(text)
-        if not isinstance(payload, dict):
+    def _chunk_of(
+        self, payload: Any, text: str, whole: bool = False
+    ) -> ChatCompletionChunk:
+        if type(payload) is not dict:
             raise self._invalid("JSON that is no object", text)
+        try:
+            chunk = ChatCompletionChunk._build(payload)
+            self._answer.add(chunk)
+            if whole and not self._answer.failure:
+                self._json = _copy(payload)
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        else:
+            if not self.has_token:
+                self.has_token = any(_has_token(c.delta) for c in chunk.choices)
+            return chunk
+        raise self._invalid(f"JSON that is no chat completion ({problem})", text)
 
-    def _chunk_of(self, payload: Json) -> ChatCompletionChunk:
-        chunk = ChatCompletionChunk._build(payload)
-        self._answer.add(chunk)
-        if not self.has_token:
-            self.has_token = any(_has_token(choice.delta) for choice in chunk.choices)
-        return chunk
+    def finish(self, cause: Exception | None) -> Iterator[ChatCompletionChunk]:
+        """Give what the last bytes hold, then raise if the answer is not complete.
+
+        `cause` is how the connection broke, None if the server ended the body.
+        """
+        if self._kind == "stream" and not self.over:
+            yield from self._last_event()
+        elif self._kind == "json" and not self.over:
+            yield from self._from_json(cause)
+        self.check(cause)
+
+    def check(self, cause: Exception | None = None) -> None:
+        """Raise if what has come is no whole answer."""
+        if not self.complete:
+            raise self.failure or self.verdict(cause)
 
     def _last_event(self) -> Iterator[ChatCompletionChunk]:
         """Give the event that no blank line ended, if it is whole all the same.
@@ -1511,46 +1504,62 @@ class _AnswerDecoder:
         text = self._head.decode("utf-8-sig", "replace")
         text = re.sub(r"\s*data: ?\[DONE\]\s*\Z", "", text)
         payload, problem = _parsed(text)
-        if not problem:
-            self._check_payload(payload, False, text)
-            return self._take_json(payload, text)
-        if cause is None and text.rstrip().endswith(("}", "]")):
+        if problem and (cause or not text.rstrip().endswith(("}", "]"))):
+            raise self.verdict(cause)
+        if problem:
             raise self._invalid(f"a body that is not JSON ({problem})", text)
-        raise self.verdict(cause)
+        if _find_error(payload):
+            raise self._reported(text)
+        return self._take_json(payload, text)
 
-    def _take_json(self, payload: Json, text: str) -> Iterable[ChatCompletionChunk]:
+    def _take_json(self, payload: Any, text: str) -> Iterable[ChatCompletionChunk]:
         """Return a completion that came in one piece as one chunk."""
-        choices = _dicts(payload.get("choices"))
-        problem = "no message"
-        if all(isinstance(choice.get("message"), dict) for choice in choices or [{}]):
-            try:
-                chunk = self._chunk_of(payload)
-                self._json = None if self._answer.failure else _copy(payload)
-                return [chunk]
-            except (ValueError, RecursionError) as error:
-                problem = str(error)
-        raise self._invalid(f"JSON that is no chat completion ({problem})", text)
+        choices = _dicts(payload.get("choices")) if type(payload) is dict else []
+        if not choices or not all(type(c.get("message")) is dict for c in choices):
+            raise self._invalid("JSON that is no chat completion", text)
+        return [self._chunk_of(payload, text, whole=True)]
 
-    def verdict(self, cause: Exception | None) -> APIError:
+    def time_left(self) -> float | None:
+        """Return the seconds left for the first token, None if it needs no bound."""
+        if self.has_token or self._call is None or self._call.deadline is None:
+            return None
+        return max(0.0, self._call.deadline - time.monotonic())
+
+    def ended_by(self, error: APIError) -> APIError:
+        """Return why no answer began: `error`, unless it was ended from here."""
+        left = self.time_left()
+        self.late = left is not None and left < 0.01  # clocks differ a little
+        self.failure = self.verdict(error.__cause__) if self.over else error
+        return self.failure
+
+    async def awake(self) -> None:
+        """End what another task waits for."""
+        if self.response is None or self.over_http2:
+            self.scope.cancel()
+        else:
+            await self.response.aclose()
+
+    def verdict(self, cause: BaseException | None) -> APIError:
         """Say why an answer that is not complete ended."""
         if self.closed:
-            text = "the stream was closed here before the answer was whole"
-            return self._fail(TruncatedStreamError(text))
-        if self.late and not self.has_token:
-            return self._fail(APITimeoutError(self.late), cause)
+            what = "the stream was closed here before the answer was whole"
+            return self._fail(TruncatedStreamError, what)
+        if self.late and self._call is not None:
+            what = f"no token within {self._call.first_token_timeout} s"
+            return self._fail(APITimeoutError, f"{what} (first_token_timeout)", cause)
         if self._answer.failure:
-            text = f"the server ended the answer with {self._answer.failure!r}"
-            return self._fail(TruncatedStreamError(text), cause)
-        silence = f"no data for {self._read_timeout} s" if _is_timeout(cause) else ""
-        if silence and not self.has_token:
-            text = f"{silence}, waiting for the first token"
-            return self._fail(APITimeoutError(text), cause)
+            what = f"the server ended the answer with {self._answer.failure!r}"
+            return self._fail(TruncatedStreamError, what, cause)
         if cause is None and (self.done or self._kind == "other" or not self._mark):
             return self._no_answer()
-        broke = cause and f"the connection broke ({_words(cause)})"
-        how = silence or broke or "the server ended it"
-        text = f"the answer was cut off: {how} before a finish_reason or [DONE]"
-        return self._fail(TruncatedStreamError(self._redact(text)), cause)
+        how = f"the connection broke ({_words(cause)})" if cause else "it ended"
+        if _is_timeout(cause):
+            how = f"no data for {self._call.timeout[1]} s" if self._call else "silence"
+            if not self.has_token:
+                what = f"{how}, waiting for the first token"
+                return self._fail(APITimeoutError, what, cause)
+        what = f"the answer was cut off: {how} before a finish_reason or [DONE]"
+        return self._fail(TruncatedStreamError, what, cause)
 
     def _no_answer(self) -> APIError:
         if self.done:
@@ -1561,21 +1570,30 @@ class _AnswerDecoder:
         text = self._head.decode("utf-8", "replace")
         return self._invalid(f"neither an event stream nor JSON, but {got}", text)
 
-    def _reported(self, text: str) -> APIError:
-        return self._fail(_reported(APIError, text, self._redact))
-
     def _invalid(self, what: str, text: str = "") -> APIError:
         text = self._redact(text)
         began = f": {text[:_EXCERPT]!r}" if text else ""
-        message = self._redact(f"the server sent {what}") + began
-        return self._fail(APIResponseValidationError(message, text))
+        message = self._redact(f"the server sent {what}{began}")
+        return self._seen(APIResponseValidationError(message, text))
 
-    def _fail(self, error: APIError, cause: Exception | None = None) -> APIError:
-        error.context = self._where
-        error.completion = self.completion
+    def _reported(self, text: str) -> APIError:
+        return self._seen(_reported(APIError, text, self._redact))
+
+    def _fail(
+        self, kind: type[APIError], message: str, cause: BaseException | None = None
+    ) -> APIError:
+        error = self._seen(kind(self._redact(message)))
         error.__cause__ = _without_secrets(cause, self._redact)
+        return error
+
+    def _seen(self, error: APIError) -> APIError:
+        error.context = f" ({self._call.shown_url})" if self._call else ""
+        error.completion = self.completion
         self.failure = error
         return error
+
+    def _redact(self, text: str) -> str:
+        return self._call.redact(text) if self._call else text
 
 
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a BOM
@@ -1591,32 +1609,24 @@ def _kind_of(mark: bytes, content_type: str) -> str:
     """
     if mark.startswith((b"{", b"[")):
         return "json"
-    if mark.startswith(_FIELDS) or (
-        mark and "text/event-stream" in content_type.lower()
-    ):
+    told = mark and "text/event-stream" in content_type.lower()
+    if told or mark.startswith(_FIELDS):
         return "stream"
     return "" if any(name.startswith(mark) for name in _FIELDS) else "other"
-
-
-def _parse_json(text: str) -> Any:
-    # An event holds JSON and nothing around it: without the search for white space that
-    # json.loads makes, this takes two thirds of the time. The rest is left to it.
-    try:
-        value, end = _scan(text)
-    except ValueError:
-        return json.loads(text)
-    return value if end == len(text) else json.loads(text)
-
-
-_scan = json.JSONDecoder().raw_decode
 
 
 def _parsed(text: str) -> tuple[Any, str]:
     """Return what a JSON text holds, and what is wrong with it, "" for nothing."""
     try:
-        return json.loads(text), ""
+        # An event holds JSON and nothing around it: without the search for white space
+        # that json.loads makes, this takes two thirds of the time.
+        value, end = _scan(text) if text[:1] == "{" else (None, -1)
+        return (value if end == len(text) else json.loads(text)), ""
     except (ValueError, RecursionError) as error:
         return None, str(error)
+
+
+_scan = json.JSONDecoder().raw_decode
 
 
 def _has_token(delta: ChoiceDelta) -> bool:
@@ -1624,12 +1634,12 @@ def _has_token(delta: ChoiceDelta) -> bool:
     return bool(texts or delta.tool_calls or delta.function_call)
 
 
-def _is_timeout(cause: Exception | None) -> bool:
+def _is_timeout(cause: BaseException | None) -> bool:
     names = {kind.__name__ for kind in type(cause).__mro__}
     return not names.isdisjoint({"TimeoutException", "TimeoutError"})
 
 
-def _words(cause: Exception) -> str:
+def _words(cause: BaseException) -> str:
     return str(cause) or type(cause).__name__
 
 
@@ -1704,25 +1714,21 @@ def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
     return value
 
 
-class _Unpacker:
-    """Unpacks a body piece by piece: a small one could fill the memory."""
-
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
-
-    def feed(self, data: bytes, most: int = 64 * 1024) -> Iterator[bytes]:
-        while not self._stream.eof:
-            piece = self._stream.decompress(data, most)
-            yield piece
-            data = self._stream.unconsumed_tail
-            if not data and len(piece) < most:
-                break
+def _unzip(response: Response) -> Any:
+    """Return what unpacks a body, if it says that it is packed as we know it."""
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    packed = encoding in ("gzip", "x-gzip", "deflate")
+    return zlib.decompressobj(zlib.MAX_WBITS | 32) if packed else None
 
 
-def _unpacker(headers: Mapping[str, str]) -> _Unpacker | None:
-    """Return what a body needs; an encoding we did not ask for may be but a word."""
-    encoding = headers.get("content-encoding", "").strip().lower()
-    return _Unpacker() if encoding in ("gzip", "x-gzip", "deflate") else None
+def _pieces(unzip: Any, data: bytes, most: int = 64 * 1024) -> Iterator[bytes]:
+    """Unpack a body piece by piece: a small one could fill the memory."""
+    while not unzip.eof:
+        piece = unzip.decompress(data, most)
+        yield piece
+        data = unzip.unconsumed_tail
+        if not data and len(piece) < most:
+            break
 
 
 # ------------------------------------------------------------------------------------
@@ -1785,7 +1791,6 @@ class _Call:
             api_key = "" if own else os.environ.get("OPENAI_API_KEY", "")
         self.api_key = api_key.strip()
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
-        self.method = "POST"
         self.url, self.login = _endpoint(self.base_url or DEFAULT_BASE_URL)
         self.headers = _headers(self.api_key, self.login, headers or {})
         self.timeout = _timeouts(timeout)
@@ -1798,15 +1803,13 @@ class _Call:
         named |= {"messages": _messages(messages, system), "stream": True} | params
         self.body = {name: value for name, value in named.items() if value is not None}
         self.content()  # what cannot be sent raises here, not at the first chunk
-        self.answer = self.decoder(_AnswerDecoder)
+        n = self.body.get("n")
+        self.choices = max(1, n) if isinstance(n, int) else 1
+        self.method = "POST"
         self.request: Any = None  # the latest, with all that httpx has added
-        self.response: Response | None = None
-        self.scope: Any = None  # an anyio.CancelScope around what async code waits for
         self.deadline: float | None = None  # for the first token
-        self.phase = ""  # of the latest attempt, when it failed
         self.retries = 0
         self.died = False  # a kept connection did; no failure of ours, the first time
-        self.over_http2 = False
 
     @property
     def shown_url(self) -> str:
@@ -1815,11 +1818,6 @@ class _Call:
 
     def content(self) -> bytes:
         return json.dumps(self.body, default=_to_json, allow_nan=False).encode()
-
-    def decoder(self, kind: type[_AnswerDecoder]) -> _AnswerDecoder:
-        n = self.body.get("n")
-        choices = max(1, n) if isinstance(n, int) else 1
-        return kind(self.max_event_bytes, choices, f" ({self.shown_url})", self.redact)
 
     def in_one_piece(self) -> _Call:
         """Ask for a whole answer in place of a stream."""
@@ -1833,8 +1831,12 @@ class _Call:
         self.url = re.sub(r"/chat/completions(?=\?|$)", "/models", self.url)
         self.headers["accept"] = "application/json"
         self.first_token_timeout = self.first_token_timeout or MODELS_TIMEOUT
-        self.answer = self.decoder(_ModelsDecoder)
         return self
+
+    def start(self) -> None:
+        """Begin to count the time for the first token."""
+        if self.first_token_timeout is not None:
+            self.deadline = time.monotonic() + self.first_token_timeout
 
     def build(self, client: Any, most: float | None = None) -> Any:
         """Make the request of an attempt; no phase of it takes over `most` seconds."""
@@ -1842,54 +1844,10 @@ class _Call:
         if most is not None:
             most = max(most, 0.001)
             timeout = tuple(min(most, seconds or most) for seconds in timeout)
-        self.request = client.build_request(
-            self.method,
-            self.url,
-            headers=self.headers,
-            content=self.content() if self.method == "POST" else None,
-            timeout=timeout,
-        )
+        content = self.content() if self.method == "POST" else None
+        options = {"headers": self.headers, "content": content, "timeout": timeout}
+        self.request = client.build_request(self.method, self.url, **options)
         return self.request
-
-    def begin(self, response: Response) -> Response:
-        """Take the response that the answer comes in."""
-        read_timeout = self.timeout[1]
-        self.request.extensions["timeout"]["read"] = read_timeout  # headers had less
-        self.answer.begin(response.headers, read_timeout)
-        self.over_http2 = response.http_version == "HTTP/2"
-        self.response = response
-        return response
-
-    def finish(self, cause: Exception | None) -> Iterator[Any]:
-        """Give the rest of the answer, and raise if it is not whole."""
-        self.time_left()  # it may be this that is over
-        return self.answer.finish(cause)
-
-    def cut(self) -> APIError:
-        """Make the error of a wait that was ended from here."""
-        self.time_left()
-        return self.answer.verdict(None)
-
-    async def awake(self) -> None:
-        """End what another task waits for. Over HTTP/2 to close does not wake it."""
-        if self.response is None or self.over_http2:
-            self.scope.cancel()
-        else:
-            await self.response.aclose()
-
-    def time_left(self) -> float | None:
-        """Return the seconds left for the first token, None once it needs no bound."""
-        limit = self.first_token_timeout
-        if limit is None or self.answer.has_token:
-            return None
-        now = time.monotonic()
-        if self.deadline is None:
-            self.deadline = now + limit
-        left = max(0.0, round(self.deadline - now, 3))  # clocks differ a little
-        if not left:
-            text = f"no token came within {limit} s (first_token_timeout)"
-            self.answer.late = text
-        return left
 
     def redact(self, text: str) -> str:
         """Return the text without what is secret in the request.
@@ -1906,25 +1864,18 @@ class _Call:
                 text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
         return text
 
-    def failure(self, cause: Exception, started: float) -> APIError:
+    def failure(self, cause: Exception, started: float) -> APIConnectionError:
         """Make the error of an attempt without an answer, that began at `started`."""
-        self.phase = _phase(cause)
-        if self.answer.closed or self.time_left() == 0:
-            self.phase = ""
-            return self.answer.verdict(cause)
         words, advice = self.redact(_words(cause)), ""
         if _is_timeout(cause):
-            error: APIError = APITimeoutError(f"timed out {self.phase}")
-        elif self.phase == "connecting":
+            phase = _PHASES.get(type(cause).__name__, "connecting")
+            error: APIConnectionError = APITimeoutError(f"timed out {phase}")
+        elif "Connect" in type(cause).__name__:
             error = APIConnectionError(f"cannot connect: {words}")
-            advice = (
-                "; start a server there (`ollama serve`), or set base_url or "
-                "OPENAI_BASE_URL"
-            )
+            advice = "; start a server there (`ollama serve`), or set base_url or "
+            advice += "OPENAI_BASE_URL"
         else:
-            error = APIConnectionError(
-                f"the connection broke before an answer: {words}"
-            )
+            error = APIConnectionError(f"{_BROKE}: {words}")
         waited = time.monotonic() - started
         error.context = f" ({self.shown_url}, after {waited:.1f} s){advice}"
         error.__cause__ = _without_secrets(cause, self.redact)
@@ -1932,10 +1883,10 @@ class _Call:
 
     def refusal(self, response: Response, body: bytes) -> APIStatusError:
         """Make the error of a status that is no success."""
-        unpacker = _unpacker(response.headers)
-        if unpacker is not None:
+        unzip = _unzip(response)
+        if unzip is not None:
             with suppress(zlib.error):
-                body = next(unpacker.feed(body), b"")
+                body = next(_pieces(unzip, body), b"")
         text = body.decode("utf-8", "replace") or response.reason_phrase
         error = _reported(APIStatusError, text, self.redact)
         error.status_code = response.status_code
@@ -1947,12 +1898,13 @@ class _Call:
             for name, value in response.headers.raw
             if name.lower() not in _FRAMING
         ]
-        error.response = type(response)(
-            response.status_code, headers=headers, content=self.redact(text).encode()
-        )
+        content = self.redact(text).encode()
+        copy = type(response)(response.status_code, headers=headers, content=content)
+        error.response = copy
         return error
 
     def advice(self, response: Response) -> str:
+        """Say what to do about a status."""
         status = response.status_code
         if response.has_redirect_location:
             target = self.redact(_shown(response.headers["location"]))
@@ -1963,10 +1915,12 @@ class _Call:
             return "; most servers want a base_url that ends in /v1"
         return ""
 
-    def wait_before_retry(self, error: APIError) -> float:
-        """Return the seconds to wait for another attempt; raise `error` if none is due.
+    def wait_before_retry(self, error: APIError, left: float | None) -> float | None:
+        """Return the seconds to wait for another attempt, None if none is due.
 
         A server that was silent is not asked again: it may be at work on the answer.
+        One that broke a connection is, the first time at once: servers close those that
+        were kept when they like. With `left` seconds for it all, none may be due.
         """
         from random import uniform  # importing it takes 2 ms
 
@@ -1975,34 +1929,21 @@ class _Call:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             wait = wait if error.retry_after is None else error.retry_after
         else:
-            broke = type(error) is APIConnectionError
-            again = broke or self.phase == "connecting"
-            if broke and self.phase != "connecting" and not self.died:
-                self.died = True  # servers close kept connections when they like
+            broke = error.message.startswith(_BROKE)
+            again = broke or "connect" in error.message
+            if broke and not self.died:
+                self.died = True
                 return 0.0
-        left = self.time_left()
-        late = left is not None and wait >= left
-        if (
-            not again
-            or late
-            or self.retries >= self.max_retries
-            or wait > MAX_RETRY_AFTER
-        ):
-            self.answer.failure = error
-            raise error
+        most = MAX_RETRY_AFTER if left is None else min(left, MAX_RETRY_AFTER)
+        if not again or self.retries >= self.max_retries or wait > most:
+            return None
         self.retries += 1
         return wait
 
 
+_PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
+_BROKE = "the connection broke before an answer"
 _FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
-
-
-def _phase(cause: Exception) -> str:
-    """Tell in which phase of a request httpx gave up."""
-    name = type(cause).__name__
-    phases = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
-    connecting = "Connect" in name or name == "PoolTimeout"
-    return "connecting" if connecting else phases.get(name, "")
 
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -2138,15 +2079,13 @@ def _to_json(value: Any) -> Any:
 class _ModelsDecoder(_AnswerDecoder):
     """The same for a list of models: gives their names."""
 
-    def _take_json(self, payload: Json, text: str) -> Any:
-        listed = payload.get("data", 0)
-        if listed is not None and not isinstance(
-            listed, list
-        ):  # Ollama's empty is null
+    def _take_json(self, payload: Any, text: str) -> Iterable[Any]:
+        # Ollama without models sends null for the list.
+        listed = payload.get("data", 0) if type(payload) is dict else 0
+        if listed is not None and not isinstance(listed, list):
             raise self._invalid("JSON that is no list of models", text)
         self._json = payload
-        names = (model.get("id") for model in _dicts(listed))
-        return filter(_string, names)
+        return filter(_string, [model.get("id") for model in _dicts(listed)])
 
     def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         chunks = super()._feed(data)
@@ -2202,28 +2141,26 @@ def _new_client(kind: str, url: str) -> Any:
 
 def _client_for(call: _Call, kind: str) -> Any:
     """Return the client to ask, in a context that closes it if it is our own."""
-    if call.client is not None:
-        return nullcontext(call.client)
-    return _new_client(kind, call.url)
+    own = call.client is None
+    return _new_client(kind, call.url) if own else nullcontext(call.client)
 
 
-def _check_client(client: Any, kind: str) -> None:
-    is_async = hasattr(client, "aclose")
-    if client is not None and is_async != (kind == "AsyncClient"):
-        raise TypeError(f"client must be an httpx.{kind} here")
+def _ask(
+    call: _Call, answer: _AnswerDecoder
+) -> Generator[ChatCompletionChunk, None, None]:
+    """Ask, and give the chunks of the answer; to close this closes all that it opened.
 
-
-def _ask(call: _Call) -> Generator[ChatCompletionChunk, None, None]:
-    """Ask, and give what the answer is made of; to close this closes all it opened."""
-    answer, cause = call.answer, None
+    It knows the answer and not the stream, so that who drops the stream drops this.
+    """
+    cause = None
     with (
         _client_for(call, "Client") as client,
-        closing(_open(call, client)) as response,
+        closing(_open(call, answer, client)) as response,
     ):
         reads = response.iter_raw()
-        while not (answer.done or answer.closed):
+        while not answer.over:
             try:
-                data = _read(reads, call)
+                data = _read(reads, answer)
             except _network_errors() as error:
                 cause = error
                 break
@@ -2231,22 +2168,24 @@ def _ask(call: _Call) -> Generator[ChatCompletionChunk, None, None]:
                 break
             for chunk in answer.feed(data):
                 yield chunk
-        for chunk in call.finish(cause):
+        for chunk in answer.finish(cause):
             yield chunk
         _rest(reads, response, _DRAIN_SECONDS)
 
 
-async def _aask(call: _Call) -> AsyncGenerator[ChatCompletionChunk, None]:
+async def _aask(
+    call: _Call, answer: _AnswerDecoder
+) -> AsyncGenerator[ChatCompletionChunk, None]:
     """Async twin of `_ask`."""
-    answer, cause = call.answer, None
+    cause = None
     async with (
         _client_for(call, "AsyncClient") as client,
-        aclosing(await _aopen(call, client)) as response,
+        aclosing(await _aopen(call, answer, client)) as response,
     ):
         reads = response.aiter_raw()
-        while not (answer.done or answer.closed):
+        while not answer.over:
             try:
-                data = await _aread(reads, call)
+                data = await _aread(reads, answer)
             except _network_errors() as error:
                 cause = error
                 break
@@ -2254,34 +2193,40 @@ async def _aask(call: _Call) -> AsyncGenerator[ChatCompletionChunk, None]:
                 break
             for chunk in answer.feed(data):
                 yield chunk
-        for chunk in call.finish(cause):
+        for chunk in answer.finish(cause):
             yield chunk
         await _arest(reads, response, _DRAIN_SECONDS)
 
 
-def _open(call: _Call, client: Any) -> Response:
+def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     """Ask, again where the rules say so, until an answer begins."""
+    call.start()
     while True:
         started = time.monotonic()
         try:
-            request = call.build(client, call.time_left())
+            request = call.build(client, answer.time_left())
             response = client.send(request, stream=True, follow_redirects=False)
             if response.is_success:
-                return call.begin(response)
+                request.extensions["timeout"]["read"] = call.timeout[1]  # all of it
+                return answer.begin(response)
             with closing(response):
                 body = _rest(response.iter_raw(), response, _ERROR_BODY_SECONDS)
             error: APIError = call.refusal(response, body)
         except _network_errors() as cause:
             error = call.failure(cause, started)
-        if wait := call.wait_before_retry(error):
+        wait = call.wait_before_retry(error, answer.time_left())
+        if wait is None or answer.closed:
+            raise answer.ended_by(error)
+        if wait:
             time.sleep(wait)
 
 
-async def _aopen(call: _Call, client: Any) -> Response:
+async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     """Async twin of `_open`; here the time for the first token bounds all of it."""
     import anyio
 
-    with anyio.move_on_after(call.time_left()) as call.scope:
+    call.start()
+    with anyio.move_on_after(answer.time_left()) as answer.scope:
         while True:
             started = time.monotonic()
             try:
@@ -2290,40 +2235,44 @@ async def _aopen(call: _Call, client: Any) -> Response:
                     request, stream=True, follow_redirects=False
                 )
                 if response.is_success:
-                    return call.begin(response)
+                    return answer.begin(response)
                 async with aclosing(response):
-                    body = await _arest(
-                        response.aiter_raw(), response, _ERROR_BODY_SECONDS
-                    )
+                    reads = response.aiter_raw()
+                    body = await _arest(reads, response, _ERROR_BODY_SECONDS)
                 error: APIError = call.refusal(response, body)
             except _network_errors() as cause:
                 error = call.failure(cause, started)
-            if wait := call.wait_before_retry(error):
+            wait = call.wait_before_retry(error, answer.time_left())
+            if wait is None or answer.closed:
+                raise answer.ended_by(error)
+            if wait:
                 await anyio.sleep(wait)
-    raise call.cut()
+    answer.late = True
+    raise answer.verdict(None)
 
 
-def _read(reads: Iterator[bytes], call: _Call) -> bytes | None:
+def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Return what comes next, None at the end; httpx bounds the wait for it.
 
-    The time for the first token bounds several reads, so a thread looks after it.
+    The time for the first token spans several reads, so a thread looks after it.
     """
-    seconds = call.time_left()
-    if seconds is None:
+    left = answer.time_left()
+    if left is None:
         return next(reads, None)
-    with _alarm(call.response, seconds):
+    with _alarm(left, answer.response, answer):
         return next(reads, None)
 
 
-async def _aread(reads: AsyncIterator[bytes], call: _Call) -> bytes | None:
-    """Async twin of `_read`."""
-    seconds = call.time_left()
-    if seconds is None and not call.over_http2:
+async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
+    """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
+    left = answer.time_left()
+    if left is None and not answer.over_http2:
         return await anext(reads, None)
     import anyio
 
-    with anyio.move_on_after(seconds) as call.scope:
+    with anyio.move_on_after(left) as answer.scope:
         return await anext(reads, None)
+    answer.late = True
     return None
 
 
@@ -2331,7 +2280,7 @@ def _rest(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
     """Read the rest of a body, as far as it comes within the bounds."""
     rest = bytearray()
     if not response.is_closed:
-        with suppress(*_network_errors()), _alarm(response, seconds):
+        with suppress(*_network_errors()), _alarm(seconds, response):
             for data in reads:
                 rest += data
                 if len(rest) >= _REST_BYTES:
@@ -2354,11 +2303,18 @@ async def _arest(reads: AsyncIterator[bytes], response: Any, seconds: float) -> 
 
 
 @contextmanager
-def _alarm(response: Any, seconds: float) -> Iterator[None]:
-    """Wake a read that has not come back after `seconds`."""
+def _alarm(
+    seconds: float, response: Any, answer: _AnswerDecoder | None = None
+) -> Iterator[None]:
+    """Wake a read that has not come back after `seconds`; the answer is late then."""
     import threading
 
-    timer = threading.Timer(seconds, _wake, [response])
+    def ring() -> None:
+        if answer is not None:
+            answer.late = True
+        _wake(response)
+
+    timer = threading.Timer(seconds, ring)
     timer.daemon = True
     timer.start()
     try:
@@ -2400,13 +2356,17 @@ class _Texts:
         return str(_encodable(self.half))
 
 
+def _check_client(client: Any, kind: str) -> None:
+    if client is not None and hasattr(client, "aclose") != (kind == "AsyncClient"):
+        raise TypeError(f"client must be an httpx.{kind} here")
+
+
 class _Stream:
     """What both streams are made of."""
 
     def __init__(self, call: _Call, kind: str) -> None:
         _check_client(call.client, kind)
-        self._call = call
-        self._answer = call.answer
+        self._answer = _AnswerDecoder(call.max_event_bytes, call)
 
     @property
     def completion(self) -> ChatCompletion:
@@ -2421,7 +2381,7 @@ class _Stream:
     @property
     def response(self) -> Response | None:
         """The httpx.Response, None before the first chunk."""
-        return self._call.response
+        return self._answer.response
 
 
 class ChatStream(_Stream):
@@ -2434,7 +2394,7 @@ class ChatStream(_Stream):
 
     def __init__(self, call: _Call) -> None:
         super().__init__(call, "Client")
-        self._chunks = _ask(call)
+        self._chunks = _ask(call, self._answer)
 
     def __iter__(self) -> ChatStream:
         return self
@@ -2480,7 +2440,7 @@ class AsyncChatStream(_Stream):
 
     def __init__(self, call: _Call) -> None:
         super().__init__(call, "AsyncClient")
-        self._chunks = _aask(call)
+        self._chunks = _aask(call, self._answer)
 
     def __aiter__(self) -> AsyncChatStream:
         return self
@@ -2510,7 +2470,7 @@ class AsyncChatStream(_Stream):
         try:
             await self._chunks.aclose()
         except RuntimeError:  # another task is in it, and closes it
-            await self._call.awake()
+            await self._answer.awake()
 
     async def __aenter__(self) -> AsyncChatStream:
         return self
@@ -2610,13 +2570,13 @@ def models(**options: Any) -> list[str]:
     Of the options of `stream_chat` those count that say where and how to ask; for all
     of it there are 30 seconds, or `first_token_timeout`.
     """
-    return _names(_Call("", **options))
+    return _names(_Call("", **options).for_models())
 
 
 @_function(_OPTIONS)
 async def amodels(**options: Any) -> list[str]:
     """Async twin of `models`."""
-    return await _anames(_Call("", **options))
+    return await _anames(_Call("", **options).for_models())
 
 
 def _whole(call: _Call) -> ChatCompletion:
@@ -2635,13 +2595,14 @@ async def _awhole(call: _Call) -> ChatCompletion:
 
 def _names(call: _Call) -> list[str]:
     _check_client(call.client, "Client")
-    names: list[Any] = list(_ask(call.for_models()))
+    names: list[Any] = list(_ask(call, _ModelsDecoder(call.max_event_bytes, call)))
     return names
 
 
 async def _anames(call: _Call) -> list[str]:
     _check_client(call.client, "AsyncClient")
-    names: list[Any] = [name async for name in _aask(call.for_models())]
+    decoder = _ModelsDecoder(call.max_event_bytes, call)
+    names: list[Any] = [name async for name in _aask(call, decoder)]
     return names
 
 
@@ -2688,7 +2649,7 @@ class ChatClient(_Client):
     @_method(_OPTIONS, _OWNED)
     def models(self, **options: Any) -> list[str]:
         """Return the names of the models that the server lists, as `models` does."""
-        return _names(self._call("", options))
+        return _names(self._call("", options).for_models())
 
     def close(self) -> None:
         """Close the connections."""
@@ -2720,7 +2681,7 @@ class AsyncChatClient(_Client):
     @_method(_OPTIONS, _OWNED)
     async def models(self, **options: Any) -> list[str]:
         """Return the names of the models that the server lists, as `amodels` does."""
-        return await _anames(self._call("", options))
+        return await _anames(self._call("", options).for_models())
 
     async def aclose(self) -> None:
         """Close the connections."""
