@@ -138,21 +138,14 @@ class ServerSentEvent:
         an id, a NUL in an id, half a surrogate pair.
         """
         if "\r" in self.data or re.search("[\r\n]", self.event + self.id):
-            raise ValueError(
-                "a CR, or a line end in a name or an id, cannot be encoded"
-            )
+            raise ValueError("no stream carries a CR, or a line end in a name or an id")
         if not self.event or "\0" in self.id or (self.retry or 0) < 0:
-            raise ValueError(
-                "no event has an empty name, NUL in its id, a retry under 0"
-            )
-        lines = ["data: " + line for line in self.data.split("\n")]
-        if self.retry is not None:
-            lines.insert(0, f"retry: {self.retry}")
-        if self.event != "message":
-            lines.insert(0, f"event: {self.event}")
-        if self.id:
-            lines.insert(0, f"id: {self.id}")
-        return ("\n".join(lines) + "\n\n").encode()
+            raise ValueError("an empty name, a NUL in an id, or a retry under 0")
+        event = "" if self.event == "message" else f"event: {self.event}\n"
+        id = f"id: {self.id}\n" if self.id else ""
+        retry = "" if self.retry is None else f"retry: {self.retry}\n"
+        data = self.data.replace("\n", "\ndata: ")
+        return f"{id}{event}{retry}data: {data}\n\n".encode()
 
 
 _BOM = b"\xef\xbb\xbf"
@@ -361,26 +354,24 @@ def aiter_sse(
 
 
 def _decoded(decoder: SSEDecoder, chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
-    try:
-        for chunk in chunks:
-            for event in decoder.feed(chunk):
-                yield event
-    except SSEError as error:
-        for event in error.events:
+    for chunk in chunks:
+        for event in _fed(decoder, chunk):
             yield event
-        raise
 
 
 async def _adecoded(
     decoder: SSEDecoder, chunks: AsyncIterable[bytes]
 ) -> AsyncIterator[ServerSentEvent]:
-    try:
-        async for chunk in chunks:
-            for event in decoder.feed(chunk):
-                yield event
-    except SSEError as error:
-        for event in error.events:
+    async for chunk in chunks:
+        for event in _fed(decoder, chunk):
             yield event
+
+
+def _fed(decoder: SSEDecoder, chunk: bytes) -> Iterator[ServerSentEvent]:
+    try:
+        yield from decoder.feed(chunk)
+    except SSEError as error:
+        yield from error.events
         raise
 
 
@@ -561,6 +552,12 @@ def _encodable(text: Any) -> Any:
     if not isinstance(text, str) or text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _characters(text: str) -> tuple[str, str]:
+    """Return what is whole of a text, and the half of a pair that it may end with."""
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    return str(_encodable(text.removesuffix(half))), half
 
 
 def _arguments(sent: Any) -> Any:
@@ -974,18 +971,10 @@ class APIResponseValidationError(APIError):
 # Accumulating: chunks to a whole answer
 # ------------------------------------------------------------------------------------
 
-# Words of servers for a choice that ended, but not as it should (vLLM, DeepSeek, …).
-FAILURES = frozenset(
-    [
-        "error",
-        "abort",
-        "aborted",
-        "cancelled",
-        "canceled",
-        "failed",
-        "network_error",
-        "insufficient_system_resource",
-    ]
+# What servers call the end of a choice that failed (vLLM, DeepSeek, OpenRouter, …).
+_FAILURE = re.compile(
+    "error|abort(ed)?|cancell?ed|failed|network_error|insufficient_system_resource",
+    re.IGNORECASE,
 )
 
 
@@ -1038,20 +1027,20 @@ class ChatAccumulator:
 
     def _finish(self, choice: _Choice, reason: str) -> None:
         """Keep why a choice ended; what follows, usage or a filter's, has no reason."""
-        if reason.lower() in FAILURES:
+        if _FAILURE.fullmatch(reason):
             self.failure = reason
         else:
             self._unfinished -= choice.finish_reason is None
             choice.finish_reason = reason
 
-    def finished(self, choices: int = 1) -> bool:
-        """Tell whether so many choices were seen, and all of them ended well."""
-        return len(self._choices) >= choices and not self._unfinished
+    def ended(self, choices: int, done: bool) -> bool:
+        """Tell whether the answer is whole, of which so many `choices` were asked for.
 
-    @property
-    def started(self) -> bool:
-        """Whether a choice was seen."""
-        return bool(self._choices)
+        All of them, and all that were seen, have a finish_reason; or the server says
+        that it is `done`, and one was seen; and none of them failed.
+        """
+        finished = len(self._choices) >= choices and not self._unfinished
+        return (finished or (done and bool(self._choices))) and not self.failure
 
     @property
     def completion(self) -> ChatCompletion:
@@ -1343,6 +1332,7 @@ class _AnswerDecoder:
         self.scope: Any = None  # an anyio.CancelScope around what async code waits for
         self.has_token = False
         self._call = call
+        self._lists_models = call is not None and call.method == "GET"
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
         self._events = _ChatEvents(max_event_bytes)
         self._answer = ChatAccumulator()
@@ -1375,9 +1365,8 @@ class _AnswerDecoder:
     @property
     def complete(self) -> bool:
         asked = self._call.choices if self._call else 1
-        ended = self._answer.finished(asked) or (self.done and self._answer.started)
-        whole = ended or self._json is not None
-        return whole and self.failure is None and not self._answer.failure
+        whole = self._json is not None or self._answer.ended(asked, self.done)
+        return whole and self.failure is None
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         """Give the chunks that `data` ends; raise where the body goes wrong."""
@@ -1425,6 +1414,8 @@ class _AnswerDecoder:
         if len(self._mark) < 8:
             self._mark = (self._mark + data).lstrip(_BLANK)[:8]
             self._kind = _kind_of(self._mark, self._content_type)
+            if self._kind == "stream" and self._lists_models:
+                self._kind = "other"
         if self._kind == "stream":
             data, self._head = bytes(self._head), bytearray()
             return data
@@ -1510,11 +1501,17 @@ class _AnswerDecoder:
             raise self._invalid(f"a body that is not JSON ({problem})", text)
         if _find_error(payload):
             raise self._reported(text)
+        if type(payload) is not dict:
+            raise self._invalid("JSON that is no object", text)
         return self._take_json(payload, text)
 
     def _take_json(self, payload: Any, text: str) -> Iterable[ChatCompletionChunk]:
         """Return a completion that came in one piece as one chunk."""
-        choices = _dicts(payload.get("choices")) if type(payload) is dict else []
+        if self._lists_models and isinstance(payload.get("data", 0), list | None):
+            ids = [model.get("id") for model in _dicts(payload["data"])]
+            self._json = {"data": list(filter(_string, ids))}
+            return []
+        choices = _dicts(payload.get("choices"))
         if not choices or not all(type(c.get("message")) is dict for c in choices):
             raise self._invalid("JSON that is no chat completion", text)
         return [self._chunk_of(payload, text, whole=True)]
@@ -2049,14 +2046,11 @@ def _seconds(name: str, value: float | None) -> float | None:
     return float(min(value, _LONGEST))
 
 
-def _timeouts(timeout: float | Timeout | None) -> tuple[float | None, ...]:
+def _timeouts(timeout: Any) -> tuple[float | None, ...]:
     """Return the seconds to connect, read, write and wait for the pool."""
-    given: Any = timeout
-    if hasattr(given, "as_dict"):  # an httpx.Timeout, or httpx2's
-        each = given.as_dict()
-        phases = ("connect", "read", "write", "pool")
-        return tuple(_seconds(f"timeout's {name}", each[name]) for name in phases)
-    seconds = _seconds("timeout", given)
+    if hasattr(timeout, "as_dict"):  # an httpx.Timeout, or httpx2's
+        return tuple(_seconds("timeout", each) for each in timeout.as_dict().values())
+    seconds = _seconds("timeout", timeout)
     connect = None if seconds is None else min(seconds, CONNECT_TIMEOUT)
     return connect, seconds, seconds, seconds
 
@@ -2074,24 +2068,6 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, _Model):  # a message of an earlier answer
         return value.to_dict()
     raise TypeError(f"{type(value).__name__} cannot go into a request")
-
-
-class _ModelsDecoder(_AnswerDecoder):
-    """The same for a list of models: gives their names."""
-
-    def _take_json(self, payload: Any, text: str) -> Iterable[Any]:
-        # Ollama without models sends null for the list.
-        listed = payload.get("data", 0) if type(payload) is dict else 0
-        if listed is not None and not isinstance(listed, list):
-            raise self._invalid("JSON that is no list of models", text)
-        self._json = payload
-        return filter(_string, [model.get("id") for model in _dicts(listed)])
-
-    def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
-        chunks = super()._feed(data)
-        if self._kind == "stream":
-            raise self._invalid("an event stream in place of a list of models")
-        return chunks
 
 
 # ------------------------------------------------------------------------------------
@@ -2339,23 +2315,6 @@ def _wake(response: Any) -> None:
             stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-class _Texts:
-    """Makes whole characters of texts, in which a surrogate pair may be cut in two."""
-
-    def __init__(self) -> None:
-        self.half = ""
-
-    def feed(self, text: str) -> str:
-        """Return what is whole; hold a half back that may yet be joined."""
-        text = self.half + text
-        self.half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        return str(_encodable(text.removesuffix(self.half)))
-
-    def end(self) -> str:
-        """Return what is left."""
-        return str(_encodable(self.half))
-
-
 def _check_client(client: Any, kind: str) -> None:
     if client is not None and hasattr(client, "aclose") != (kind == "AsyncClient"):
         raise TypeError(f"client must be an httpx.{kind} here")
@@ -2408,12 +2367,13 @@ class ChatStream(_Stream):
 
     def text(self) -> Iterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        texts = _Texts()
+        half = ""
         for chunk in self:
-            if text := texts.feed(chunk.text):
+            text, half = _characters(half + chunk.text)
+            if text:
                 yield text
-        if text := texts.end():
-            yield text
+        if half:
+            yield str(_encodable(half))
 
     def close(self) -> None:
         """Close the connection, so that the server stops; what has come stays.
@@ -2454,12 +2414,13 @@ class AsyncChatStream(_Stream):
 
     async def text(self) -> AsyncIterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        texts = _Texts()
+        half = ""
         async for chunk in self:
-            if text := texts.feed(chunk.text):
+            text, half = _characters(half + chunk.text)
+            if text:
                 yield text
-        if text := texts.end():
-            yield text
+        if half:
+            yield str(_encodable(half))
 
     async def aclose(self) -> None:
         """Close the connection, so that the server stops; what has come stays.
@@ -2554,13 +2515,13 @@ def astream_chat(messages: Messages, **options: Any) -> AsyncChatStream:
 @_function(_Call)
 def generate(messages: Messages, **options: Any) -> ChatCompletion:
     """Ask as `stream_chat` does, for the answer in one piece. Raises APIError."""
-    return _whole(_Call(messages, **options))
+    return _whole(_Call(messages, **options).in_one_piece())
 
 
 @_function(_Call)
 async def agenerate(messages: Messages, **options: Any) -> ChatCompletion:
     """Async twin of `generate`."""
-    return await _awhole(_Call(messages, **options))
+    return await _awhole(_Call(messages, **options).in_one_piece())
 
 
 @_function(_OPTIONS)
@@ -2570,39 +2531,31 @@ def models(**options: Any) -> list[str]:
     Of the options of `stream_chat` those count that say where and how to ask; for all
     of it there are 30 seconds, or `first_token_timeout`.
     """
-    return _names(_Call("", **options).for_models())
+    return _names(_whole(_Call("", **options).for_models()))
 
 
 @_function(_OPTIONS)
 async def amodels(**options: Any) -> list[str]:
     """Async twin of `models`."""
-    return await _anames(_Call("", **options).for_models())
+    return _names(await _awhole(_Call("", **options).for_models()))
 
 
 def _whole(call: _Call) -> ChatCompletion:
-    stream = ChatStream(call.in_one_piece())
+    stream = ChatStream(call)
     for _ in stream:
         pass
     return stream.completion
 
 
 async def _awhole(call: _Call) -> ChatCompletion:
-    stream = AsyncChatStream(call.in_one_piece())
+    stream = AsyncChatStream(call)
     async for _ in stream:
         pass
     return stream.completion
 
 
-def _names(call: _Call) -> list[str]:
-    _check_client(call.client, "Client")
-    names: list[Any] = list(_ask(call, _ModelsDecoder(call.max_event_bytes, call)))
-    return names
-
-
-async def _anames(call: _Call) -> list[str]:
-    _check_client(call.client, "AsyncClient")
-    decoder = _ModelsDecoder(call.max_event_bytes, call)
-    names: list[Any] = [name async for name in _aask(call, decoder)]
+def _names(listed: ChatCompletion) -> list[str]:
+    names: list[str] = listed.raw["data"]
     return names
 
 
@@ -2644,12 +2597,12 @@ class ChatClient(_Client):
     @_method(_Call, _OWNED)
     def generate(self, messages: Messages, **options: Any) -> ChatCompletion:
         """Ask as `generate` does, with the same arguments."""
-        return _whole(self._call(messages, options))
+        return _whole(self._call(messages, options).in_one_piece())
 
     @_method(_OPTIONS, _OWNED)
     def models(self, **options: Any) -> list[str]:
         """Return the names of the models that the server lists, as `models` does."""
-        return _names(self._call("", options).for_models())
+        return _names(_whole(self._call("", options).for_models()))
 
     def close(self) -> None:
         """Close the connections."""
@@ -2676,12 +2629,12 @@ class AsyncChatClient(_Client):
     @_method(_Call, _OWNED)
     async def generate(self, messages: Messages, **options: Any) -> ChatCompletion:
         """Ask as `agenerate` does, with the same arguments."""
-        return await _awhole(self._call(messages, options))
+        return await _awhole(self._call(messages, options).in_one_piece())
 
     @_method(_OPTIONS, _OWNED)
     async def models(self, **options: Any) -> list[str]:
         """Return the names of the models that the server lists, as `amodels` does."""
-        return await _anames(self._call("", options).for_models())
+        return _names(await _awhole(self._call("", options).for_models()))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -3043,13 +2996,14 @@ class _Terminal:
             self.tell_usage(stream.completion.usage, started)
 
     def texts(self, stream: ChatStream) -> Iterator[str]:
-        whole = _Texts()
+        half = ""
         for chunk in stream:
             if chunk.reasoning:
                 self.show(str(_encodable(chunk.reasoning)), thinking=True)
             refusals = [c.delta.refusal or "" for c in chunk.choices if c.index == 0]
-            yield whole.feed(chunk.text + "".join(refusals))
-        yield whole.end()
+            text, half = _characters(half + chunk.text + "".join(refusals))
+            yield text
+        yield str(_encodable(half))
 
     def show(self, text: str, thinking: bool = False) -> None:
         if not text or (thinking and self.args.hide_reasoning):
