@@ -355,8 +355,7 @@ def aiter_sse(
 
 def _decoded(decoder: SSEDecoder, chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
     for chunk in chunks:
-        for event in _fed(decoder, chunk):
-            yield event
+        yield from _fed(decoder, chunk)
 
 
 async def _adecoded(
@@ -465,12 +464,6 @@ class _Model:
         pairs = ", ".join(f"{f.name}={value!r}" for f, value in shown)
         return f"{type(self).__name__}({pairs})"
 
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        names = [f.name for f in _fields(self) if f.compare]
-        return all(getattr(self, name) == getattr(other, name) for name in names)
-
     @classmethod
     def from_dict(cls: type[M], d: Json) -> M:
         """Build it from what a server sent, whatever is missing, null or unknown."""
@@ -479,17 +472,16 @@ class _Model:
     @classmethod
     def _build(cls: type[M], d: Json) -> M:
         made = cls()
-        names = {f.name: f.metadata.get("build") for f in _fields(cls)}
-        for name in d.keys() & names.keys() - {"extra", "raw"}:
-            build, value = names[name], d[name]
-            if value is not None and build is not None:
-                value = build(value)
+        values, builders = made.__dict__, _builders(cls)
+        for name, build in builders.items():
+            sent = d.get(name)
+            value = None if sent is None else build(sent)
             if value is not None:
-                setattr(made, name, value)
-        if "extra" in names:
-            made.__dict__["extra"] = _beyond(names.keys() - {"extra"}, d)
-        if "raw" in names:
-            made.__dict__["raw"] = d
+                values[name] = value
+        if "extra" in values:
+            values["extra"] = _beyond(builders, d)
+        if "raw" in values:
+            values["raw"] = d
         return made
 
     def to_dict(self) -> Json:
@@ -502,6 +494,17 @@ class _Model:
 
 def _fields(model: Any) -> tuple[Field[Any], ...]:
     return fields(model)
+
+
+@functools.cache
+def _builders(model: Any) -> dict[str, Callable[[Any], Any]]:
+    """Return the names of the fields that are sent, and what makes their values."""
+    sent = [f for f in _fields(model) if f.name not in ("extra", "raw")]
+    return {f.name: f.metadata.get("build") or _as_it_is for f in sent}
+
+
+def _as_it_is(sent: Any) -> Any:
+    return sent
 
 
 def _ours() -> Any:
@@ -540,7 +543,11 @@ def _beyond(known: Collection[str], d: Json) -> Json | None:
 
 
 def _string(sent: Any) -> str | None:
-    return sent if sent.__class__ is str else None
+    return sent if type(sent) is str else None
+
+
+def _integer(sent: Any) -> int | None:
+    return sent if type(sent) is int else None
 
 
 def _encodable(text: Any) -> Any:
@@ -594,7 +601,7 @@ def _ending(d: Json) -> str | None:
     return _string(d.get("finish_reason") or d.get("finishReason")) or None
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class TopLogprob(_Model):
     """A likely token at one place; `logprob` is a natural logarithm."""
 
@@ -603,7 +610,7 @@ class TopLogprob(_Model):
     logprob: float = 0.0
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChatCompletionTokenLogprob(_Model):
     """The token that was chosen, and the likeliest ones."""
 
@@ -613,7 +620,7 @@ class ChatCompletionTokenLogprob(_Model):
     top_logprobs: list[TopLogprob] = _built(_many(TopLogprob), list)
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChoiceLogprobs(_Model):
     """Log probabilities of the tokens of a choice."""
 
@@ -625,7 +632,7 @@ class ChoiceLogprobs(_Model):
     )
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class CompletionTokensDetails(_Model):
     """What the tokens of the answer went into."""
 
@@ -635,7 +642,7 @@ class CompletionTokensDetails(_Model):
     rejected_prediction_tokens: int | None = None
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class PromptTokensDetails(_Model):
     """What the tokens of the prompt were."""
 
@@ -643,7 +650,7 @@ class PromptTokensDetails(_Model):
     cached_tokens: int | None = None
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class CompletionUsage(_Model):
     """How many tokens the answer and the prompt took."""
 
@@ -658,48 +665,28 @@ class CompletionUsage(_Model):
     )
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChoiceDeltaToolCallFunction(_Model):
     """A piece of a function call; the pieces of `arguments` make up one JSON text."""
 
-    arguments: str | None = None
-    name: str | None = None
-
-    @classmethod
-    def _build(cls, d: Json) -> ChoiceDeltaToolCallFunction:
-        arguments, name = d.get("arguments"), d.get("name")
-        if type(arguments) is not str:
-            arguments = _arguments(arguments)
-        return cls(arguments, name if type(name) is str else None)
+    arguments: str | None = _built(_arguments)
+    name: str | None = _built(_string)
 
 
-_function_piece = ChoiceDeltaToolCallFunction._build
-
-
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChoiceDeltaToolCall(_Model):
     """A piece of a tool call; some servers give no `index`, others no `id`."""
 
-    index: int | None = None
-    id: str | None = None
-    function: ChoiceDeltaToolCallFunction | None = None
-    type: str | None = None
+    index: int | None = _built(_integer)
+    id: str | None = _built(_string)
+    function: ChoiceDeltaToolCallFunction | None = _built(
+        _one(ChoiceDeltaToolCallFunction)
+    )
+    type: str | None = _built(_string)
     extra: Json | None = _ours()
 
-    @classmethod
-    def _build(cls, d: Json) -> ChoiceDeltaToolCall:
-        index, id, kind = d.get("index"), d.get("id"), d.get("type")
-        function = d.get("function")
-        return cls(
-            index if type(index) is int else None,
-            id if type(id) is str else None,
-            _function_piece(function) if type(function) is dict else None,
-            kind if type(kind) is str else None,
-            None if _TOOL_CALL.issuperset(d) else _beyond(_TOOL_CALL, d),
-        )
 
-
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChoiceDelta(_Model):
     """What a chunk adds to the message of a choice."""
 
@@ -737,10 +724,9 @@ def _tool_call_pieces(sent: Any) -> list[ChoiceDeltaToolCall]:
 
 
 _DELTA = {f.name for f in fields(ChoiceDelta)} - {"extra"} | {"reasoning"}
-_TOOL_CALL = {f.name for f in fields(ChoiceDeltaToolCall)} - {"extra"}
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class Function(_Model):
     """The function to call; `arguments` is a JSON text, as the model wrote it."""
 
@@ -748,7 +734,7 @@ class Function(_Model):
     name: str = _built(_encodable, "")
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChatCompletionMessageToolCall(_Model):
     """A tool call; `extra` has Gemini's `extra_content`, which it wants back."""
 
@@ -758,7 +744,7 @@ class ChatCompletionMessageToolCall(_Model):
     extra: Json | None = _ours()
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChatCompletionMessage(_Model):
     """The message of an answer; it can stand in the `messages` of the next turn."""
 
@@ -783,7 +769,7 @@ class ChatCompletionMessage(_Model):
         )
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class _Answer(_Model):
     """What chunks and whole answers have in common."""
 
@@ -811,11 +797,11 @@ class _Answer(_Model):
         raise NotImplementedError
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChatCompletionChunk(_Answer):
     """One event of a streamed answer; `raw` is all that the server sent in it."""
 
-    @dataclass(repr=False, eq=False)
+    @dataclass(repr=False)
     class Choice(_Model):
         """What a chunk adds to one of the answers."""
 
@@ -868,14 +854,14 @@ _logprobs = _one(ChoiceLogprobs)
 _usage = _one(CompletionUsage)
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(repr=False)
 class ChatCompletion(_Answer):
     """A whole answer, or what has come of it.
 
     `raw` is all that the server sent; of a stream, what it would have sent at once.
     """
 
-    @dataclass(repr=False, eq=False)
+    @dataclass(repr=False)
     class Choice(_Model):
         """One of the answers; `finish_reason` is None where it was cut off."""
 
@@ -1021,7 +1007,9 @@ class ChatAccumulator:
                 _merge(known.logprobs, choice.logprobs.to_dict())
 
     def _open(self, index: int) -> _Choice:
-        self._choices[_checked(index)] = opened = _Choice()
+        if not 0 <= index < MAX_CHOICES:
+            raise ValueError(f"a choice whose index is not 0 to {MAX_CHOICES - 1}")
+        self._choices[index] = opened = _Choice()
         self._unfinished += 1
         return opened
 
@@ -1067,12 +1055,6 @@ def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
 _CHUNK = {f.name for f in fields(ChatCompletionChunk)} | {"obfuscation"}  # padding
 
 
-def _checked(index: int) -> int:
-    if not 0 <= index < MAX_CHOICES:
-        raise ValueError(f"an index that is not 0 to {MAX_CHOICES - 1}")
-    return index
-
-
 class _Choice:
     """The message of one choice while its deltas come.
 
@@ -1107,7 +1089,8 @@ class _Choice:
             self.write("refusal", delta.refusal)
         if delta.function_call is not None:
             self.function_call = self.function_call or _ToolCall(0)
-            self.function_call.add_function(_function_piece(delta.function_call))
+            function = ChoiceDeltaToolCallFunction.from_dict(delta.function_call)
+            self.function_call.add_function(function)
         if delta.extra is not None:
             _merge(self.extra, delta.extra)
 
@@ -1124,9 +1107,9 @@ class _Choice:
             place = piece.index
         call = self.latest.get(piece.id if piece.id and piece.index is None else place)
         if call is None or (piece.id and call.id and piece.id != call.id):
-            if len(self.calls) == MAX_CHOICES:
-                raise ValueError(f"more than {MAX_CHOICES} tool calls")
-            call = _ToolCall(_checked(place))
+            if not 0 <= place < MAX_CHOICES or len(self.calls) == MAX_CHOICES:
+                raise ValueError(f"tool calls over the limit of {MAX_CHOICES}")
+            call = _ToolCall(place)
             self.calls.append(call)
         self.latest[place] = call
         if piece.id:
@@ -1375,13 +1358,17 @@ class _AnswerDecoder:
         return itertools.chain.from_iterable(map(self._feed, self._unzipped(data)))
 
     def _unzipped(self, data: bytes) -> Iterator[bytes]:
-        problem = ""
-        try:
-            yield from _pieces(self._unzip, data)
-        except zlib.error as error:
-            problem = str(error)
-        if problem:
-            raise self._invalid(f"a body that does not unpack ({problem})")
+        """Unpack piece by piece: a small body could fill the memory."""
+        piece, problem = data, ""
+        while (data or len(piece) == _PIECE) and not self._unzip.eof:
+            try:
+                piece = self._unzip.decompress(data, _PIECE)
+            except zlib.error as error:
+                problem = str(error)
+            if problem:
+                raise self._invalid(f"a body that does not unpack ({problem})")
+            yield piece
+            data = self._unzip.unconsumed_tail
 
     def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         if self._kind != "stream":
@@ -1580,7 +1567,8 @@ class _AnswerDecoder:
         self, kind: type[APIError], message: str, cause: BaseException | None = None
     ) -> APIError:
         error = self._seen(kind(self._redact(message)))
-        error.__cause__ = _without_secrets(cause, self._redact)
+        # A cause whose words hold a secret is left out.
+        error.__cause__ = cause if self._redact(str(cause)) == str(cause) else None
         return error
 
     def _seen(self, error: APIError) -> APIError:
@@ -1595,6 +1583,7 @@ class _AnswerDecoder:
 
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a BOM
 _EXCERPT = 200  # characters of a body that a message shows
+_PIECE = 64 * 1024  # bytes that are unpacked at once
 _FIELDS = (b"data:", b"event:", b"retry:", b"error:", b"id:", b":")
 
 
@@ -1638,18 +1627,6 @@ def _is_timeout(cause: BaseException | None) -> bool:
 
 def _words(cause: BaseException) -> str:
     return str(cause) or type(cause).__name__
-
-
-def _without_secrets(
-    cause: BaseException | None, redact: Callable[[str], str]
-) -> BaseException | None:
-    """Return a cause, but None where the words of it, or of its own, hold a secret."""
-    told = cause
-    while told is not None:
-        if redact(str(told)) != str(told):
-            return None
-        told = told.__cause__ or told.__context__
-    return cause
 
 
 def _find_error(payload: Any, told: bool = False) -> Json | None:
@@ -1716,16 +1693,6 @@ def _unzip(response: Response) -> Any:
     encoding = response.headers.get("content-encoding", "").strip().lower()
     packed = encoding in ("gzip", "x-gzip", "deflate")
     return zlib.decompressobj(zlib.MAX_WBITS | 32) if packed else None
-
-
-def _pieces(unzip: Any, data: bytes, most: int = 64 * 1024) -> Iterator[bytes]:
-    """Unpack a body piece by piece: a small one could fill the memory."""
-    while not unzip.eof:
-        piece = unzip.decompress(data, most)
-        yield piece
-        data = unzip.unconsumed_tail
-        if not data and len(piece) < most:
-            break
 
 
 # ------------------------------------------------------------------------------------
@@ -1875,7 +1842,7 @@ class _Call:
             error = APIConnectionError(f"{_BROKE}: {words}")
         waited = time.monotonic() - started
         error.context = f" ({self.shown_url}, after {waited:.1f} s){advice}"
-        error.__cause__ = _without_secrets(cause, self.redact)
+        error.__cause__ = cause if self.redact(str(cause)) == str(cause) else None
         return error
 
     def refusal(self, response: Response, body: bytes) -> APIStatusError:
@@ -1883,7 +1850,7 @@ class _Call:
         unzip = _unzip(response)
         if unzip is not None:
             with suppress(zlib.error):
-                body = next(_pieces(unzip, body), b"")
+                body = unzip.decompress(body, _PIECE)
         text = body.decode("utf-8", "replace") or response.reason_phrase
         error = _reported(APIStatusError, text, self.redact)
         error.status_code = response.status_code
