@@ -75,6 +75,12 @@ try:
 except ModuleNotFoundError:  # the core of this file runs under either
     import httpx2 as httpx
 
+
+def needs(name: str) -> Any:
+    """Import what only the extra test-all installs, or skip the test."""
+    return pytest.importorskip(name, reason=f"{name}: pip install -e '.[test-all]'")
+
+
 # ------------------------------------------------------------------------------------
 # A server on a raw loopback socket: what it sends is what a test says, byte for byte
 # ------------------------------------------------------------------------------------
@@ -3820,24 +3826,38 @@ def test_import_without_httpx():
 # ------------------------------------------------------------------------------------
 
 
-def test_demo_server_speaks_the_wire_format():
+def demo(params: dict, key: str | None = None, **options: Any) -> tuple[list, dict]:
+    """Ask a demo server; return the chunks of a streamed answer, and a whole one."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "blue whales"}]}
-    with sse_chat.demo_server() as url, httpx.Client(base_url=url) as client:
-        assert client.get("/models").json()["data"][0]["id"]
+    body |= params
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with (
+        sse_chat.demo_server(**options) as url,
+        httpx.Client(headers=headers) as client,
+    ):
         streamed = {"json": body | {"stream": True}}
-        with client.stream("POST", "/chat/completions", **streamed) as response:
+        with client.stream("POST", url + "/chat/completions", **streamed) as response:
+            assert response.status_code == 200
             assert response.headers["content-type"] == "text/event-stream"
             assert response.headers["transfer-encoding"] == "chunked"
-            events = [e.data for e in sse_chat.iter_sse(response.iter_raw())]
-        whole = client.post("/chat/completions", json=body).json()
+            *events, done = iter_sse(response.iter_raw())
+        whole = client.post(url + "/chat/completions", json=body).json()
+    assert done.data == "[DONE]"
+    return [json.loads(event.data) for event in events], whole
+
+
+WITH_USAGE = {"stream_options": {"include_usage": True}}
+
+
+def test_demo_server_speaks_the_wire_format():
+    chunks, whole = demo(WITH_USAGE)
     assert whole["object"] == "chat.completion"
     assert "blue whales" in whole["choices"][0]["message"]["content"]
-
-    assert events.pop() == "[DONE]"
-    chunks = [json.loads(data) for data in events]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
     usage = chunks.pop()
     assert (usage["choices"], usage["usage"] == whole["usage"]) == ([], True)
+    assert {chunk["choices"][0]["index"] for chunk in chunks} == {0}
     first, *middle, last = (chunk["choices"][0] for chunk in chunks)
     assert first["delta"]["role"] == "assistant"
     assert (first["finish_reason"], last["finish_reason"]) == (None, "stop")
@@ -3845,10 +3865,111 @@ def test_demo_server_speaks_the_wire_format():
     assert thinking == sorted(thinking, reverse=True)  # all of the reasoning first
     assert all(c["delta"].get("reasoning") or c["delta"]["content"] for c in middle)
     assert 3 < sum(thinking) < len(middle) - 3  # token by token
+    assert whole["usage"]["completion_tokens"] == len(middle)
+
+
+def test_demo_server_sends_usage_where_it_was_asked_for():
+    for params in ({}, {"stream_options": {"include_usage": False}}):
+        chunks, whole = demo(params)
+        assert not any("usage" in chunk for chunk in chunks)
+        assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+        assert whole["usage"]["total_tokens"] > 0
+
+
+def answers(chunks: list[dict], whole: dict) -> list[tuple[str, str]]:
+    """Return content and finish_reason of each choice, streamed as in one piece."""
+    streamed = accumulate(map(ChatCompletionChunk.from_dict, chunks))
+    assert streamed.choices == ChatCompletion.from_dict(whole).choices
+    return [(c["message"].get("content"), c["finish_reason"]) for c in whole["choices"]]
+
+
+def test_demo_server_gives_n_choices():
+    chunks, whole = demo({"n": 3} | WITH_USAGE)
+    first, *others = answers(chunks, whole)
+    assert others == [first, first]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    one = demo({})[1]["usage"]["completion_tokens"]
+    assert chunks[-1]["usage"]["completion_tokens"] == one * 3
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_demo_server_stops_at_the_token_limit(name):
+    spent = demo({})[1]["usage"]["completion_tokens"]
+    [(text, _)] = answers(*demo({}))
+    [(shorter, finish)] = answers(*demo({name: spent - 2}))
+    assert text.startswith(shorter)
+    assert (len(shorter.split()), finish) == (len(text.split()) - 2, "length")
+    assert answers(*demo({name: spent})) == [(text, "stop")]
+    assert demo({name: 1})[1]["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("stop", ["whales", ["model", "whales", "nowhere"]])
+def test_demo_server_stops_at_a_stop_word(stop):
+    assert answers(*demo({"stop": stop})) == [("You wrote: blue ", "stop")]
+
+
+SCHEMA = {
+    "type": "object",
+    "required": ["city", "days", "unit", "exact", "near", "tags", "limit"],
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "exact": {"type": "boolean"},
+        "near": {
+            "type": "object",
+            "properties": {"km": {"type": "number"}, "mark": {"type": "string"}},
+            "required": ["km"],
+        },
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "limit": {"anyOf": [{"type": ["integer", "null"]}, {"type": "null"}]},
+        "optional": {"type": "string"},
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "now", "description": "the time"}},
+]
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NOW])
+def test_demo_server_calls_a_tool_that_must_be_called(choice):
+    chunks, whole = demo({"tools": TOOLS, "tool_choice": choice})
+    assert answers(chunks, whole) == [(None, "tool_calls")]
+    [call] = whole["choices"][0]["message"]["tool_calls"]
+    assert (bool(call["id"]), call["type"]) == (True, "function")
+    arguments = json.loads(call["function"]["arguments"])
+    if choice == NOW:
+        assert (call["function"]["name"], arguments) == ("now", {})
+        return
+    assert call["function"]["name"] == "weather"
+    assert list(arguments) == SCHEMA["required"]
+    kinds = [str, int, str, bool, dict, list, int]
+    assert [type(value) for value in arguments.values()] == kinds
+    assert arguments["unit"] == "C"
+    assert {name: type(value) for name, value in arguments["near"].items()} == {
+        "km": int
+    }
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def test_demo_server_answers_in_words_where_no_tool_must_be_called(choice):
+    [(text, finish)] = answers(*demo({"tools": TOOLS, "tool_choice": choice}))
+    assert ("blue whales" in text, finish) == (True, "stop")
 
 
 @pytest.mark.parametrize(
-    "body", ["{", "[]", "{}", '{"messages": []}', '{"messages": ["hi"]}']
+    "body",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"messages": []}',
+        '{"messages": ["hi"]}',
+        '{"messages": [{"role": "user", "content": "hi"}], "n": "many"}',
+        '{"messages": [{"role": "user", "content": "hi"}], "tool_choice": "required"}',
+    ],
 )
 def test_demo_server_refuses_as_openai_does(body):
     with sse_chat.demo_server() as url:
@@ -3859,6 +3980,59 @@ def test_demo_server_refuses_as_openai_does(body):
         error = response.json()["error"]
         assert error["message"]
         assert error["type"] == "invalid_request_error"
+
+
+def test_demo_server_demands_its_key():
+    with sse_chat.demo_server(api_key="sk-right") as url:
+        options = {"base_url": url, "model": "demo"}
+        for key in (None, "sk-wrong", "sk-right-and-more"):
+            with pytest.raises(sse_chat.APIStatusError) as failure:
+                sse_chat.generate("hi", api_key=key, **options)
+            error = failure.value
+            assert (error.status_code, error.code) == (401, "invalid_api_key")
+            assert error.type == "invalid_request_error"
+        assert httpx.get(url + "/models").status_code == 401
+        assert sse_chat.generate("hi", api_key="sk-right", **options).text
+    assert demo({}, key="sk-right", api_key="sk-right")[0]
+
+
+def test_demo_server_with_openai():
+    openai = needs("openai")
+    with (
+        sse_chat.demo_server(api_key="sk-right") as url,
+        openai.OpenAI(base_url=url, api_key="sk-right") as client,
+    ):
+        create = client.chat.completions.create
+        ask = {"model": "demo", "messages": [{"role": "user", "content": "whales"}]}
+        text = ""
+        for chunk in create(stream=True, **ask):  # the commonest loop of all
+            text += chunk.choices[0].delta.content or ""
+        whole = create(n=2, **ask)
+        assert [choice.message.content for choice in whole.choices] == [text, text]
+        *_, last = create(stream=True, stream_options={"include_usage": True}, **ask)
+        assert last.usage.completion_tokens * 2 == whole.usage.completion_tokens
+        called = create(tools=TOOLS, tool_choice="required", **ask).choices[0]
+        assert called.message.tool_calls[0].function.name == "weather"
+        assert [model.id for model in client.models.list()] == ["demo"]
+        with pytest.raises(openai.AuthenticationError, match="key"):
+            openai.OpenAI(base_url=url, api_key="sk-wrong").models.list()
+
+
+def test_demo_server_ends_with_its_context():
+    before = set(threading.enumerate())
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with httpx.Client() as client:  # it keeps its connections beyond the server's end
+        with sse_chat.demo_server(delay=0.05) as url:
+            client.get(url + "/models")
+            asked = client.build_request("POST", url + "/chat/completions", json=body)
+            unread = client.send(asked, stream=True)
+            started = set(threading.enumerate()) - before
+        assert len(started) >= 2
+        for thread in started:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        with pytest.raises(httpx.RemoteProtocolError):
+            unread.read()  # cut off, not ended
 
 
 def test_demo_server_for_our_own_calls():
