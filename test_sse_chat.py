@@ -1,7 +1,8 @@
 """What sse_chat promises, as tests: events, types, endings, errors, the terminal.
 
 `pytest -m live` runs those that want a live server, whose base URL is in
-SSE_CHAT_LIVE_URL. HYPOTHESIS_PROFILE=ci looks longer for counterexamples.
+SSE_CHAT_LIVE_URL, `pytest -m install` those that install the project as users do.
+HYPOTHESIS_PROFILE=ci looks longer for counterexamples.
 """
 
 from __future__ import annotations
@@ -4287,3 +4288,103 @@ def test_leaving_the_conversation():
         terminal.send("\x03")
         code, shown = terminal.end()
     assert (code, "Traceback" in shown) == (130, False)
+
+
+# ------------------------------------------------------------------------------------
+# The README, types for everybody, pydantic and FastAPI
+# ------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent
+
+
+def shell(*command: Any, cwd: Path) -> str:
+    """Run a command that must succeed; give its standard output."""
+    with sse_chat.demo_server() as url:
+        env = environment(OPENAI_BASE_URL=url, PYTHONDONTWRITEBYTECODE="1")
+        done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TYPED_PROGRAM = """\
+# pyright: strict
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sse_chat import APIError, AsyncChatClient, ChatClient, generate
+from sse_chat import ChatCompletionMessage
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def words(client: ChatClient) -> str:
+    stream = client.stream("whales", temperature=0, stop=["."])
+    for chunk in stream:
+        for choice in chunk.choices:
+            print(choice.index, choice.delta.content or "", chunk.reasoning)
+    usage = stream.completion.usage
+    return f"{stream.response.status_code} {usage.total_tokens if usage else 0}"
+
+
+def calls(client: ChatClient) -> str:
+    messages: list[Mapping[str, Any] | ChatCompletionMessage] = []
+    messages.append({"role": "user", "content": "Is it raining?"})
+    first = client.generate(messages, tools=TOOLS, tool_choice="required").choices[0]
+    messages.append(first.message)
+    for call in first.message.tool_calls or []:
+        result = str(json.loads(call.function.arguments))
+        answer = {"role": "tool", "tool_call_id": call.id, "content": result}
+        messages.append(answer)
+    return client.generate(messages).text
+
+
+async def several(prompts: list[str]) -> list[str]:
+    async with AsyncChatClient(model="demo") as client:
+        async for text in client.stream(prompts[0]).text():
+            print(text)
+        answers = await asyncio.gather(*map(client.generate, prompts))
+    return [answer.text for answer in answers]
+
+
+with ChatClient(model="demo") as client:
+    try:
+        print(words(client), calls(client), asyncio.run(several(["a", "b"])))
+        generate("hi", base_url="http://127.0.0.1:9", max_retries=0)
+    except APIError as error:
+        print(error.status_code, error.message, error.completion.text)
+"""
+ILL_TYPED = 'client.stream("hi", model=3)\n'
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_what_pip_installs(how, tmp_path):
+    shell(sys.executable, "-m", "venv", "venv", cwd=tmp_path)
+    python = tmp_path / "venv/bin/python"
+    pip = functools.partial(shell, python, "-m", "pip", "install", "-q", cwd=tmp_path)
+    pip("build", "mypy", "pyright")
+    if how == "wheel":  # of the sdist
+        shell(python, "-m", "build", "-o", tmp_path, ROOT, cwd=tmp_path)
+        pip(*tmp_path.glob("*.whl"))
+    else:
+        pip("-e", ROOT)
+
+    shell("venv/bin/sse-chat", "--version", cwd=tmp_path)
+    shell(python, "-m", "sse_chat", "hi", cwd=tmp_path)
+    at = shell(python, "-c", "import sse_chat; print(sse_chat.__file__)", cwd=tmp_path)
+    assert at.startswith(str(tmp_path if how == "wheel" else ROOT))
+
+    (tmp_path / "good.py").write_text(TYPED_PROGRAM)
+    (tmp_path / "bad.py").write_text(TYPED_PROGRAM + ILL_TYPED)
+    mypy = "venv/bin/mypy", "--strict"
+    pyright = "venv/bin/pyright", "--pythonpath", python
+    shell(python, "good.py", cwd=tmp_path)
+    for checker in (mypy, pyright):
+        shell(*checker, "good.py", cwd=tmp_path)
+        done = subprocess.run([*checker, "bad.py"], cwd=tmp_path, capture_output=True)
+        lines = done.stdout.decode().splitlines()
+        last = TYPED_PROGRAM.count("\n") + 1
+        errors = [line for line in lines if "error:" in line]
+        assert errors and all(f"bad.py:{last}:" in line for line in errors), lines
