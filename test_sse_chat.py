@@ -27,6 +27,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -4295,12 +4296,155 @@ def test_leaving_the_conversation():
 # ------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+URL = "http://localhost:11434/v1"
 
 
-def shell(*command: Any, cwd: Path) -> str:
-    """Run a command that must succeed; give its standard output."""
+def snippets(language: str, word: str = "") -> list[str]:
+    """Return the README's code in a language, with a word in it."""
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+    return [block for block in blocks if word in block]
+
+
+@pytest.fixture
+def demo_url(monkeypatch):
+    for name in filter(STEERING.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
     with sse_chat.demo_server() as url:
-        env = environment(OPENAI_BASE_URL=url, PYTHONDONTWRITEBYTECODE="1")
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        yield url
+
+
+@pytest.mark.parametrize("code", snippets("python"))
+def test_readme_python(code, demo_url, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    assert bool(out) == ("print(" in code)
+    assert not out or ("demo server" in out and out.endswith("\n"))
+    assert ("rain in demo" in out) == ("def weather" in code)  # the tool has run
+
+
+def test_readme_goes_on_from_a_cut_answer(monkeypatch, capsys):
+    [code] = snippets("python", "TruncatedStreamError")
+    answers = [http(event("Hel"), event("lo")), http(*HELLO)]
+    with serve(lambda link, number: link.sendall(answers[number - 1])) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        exec(code, {})
+        first, second = (json.loads(body)["messages"] for body in server.bodies)
+    assert capsys.readouterr().out == "HelloHello\n"
+    assert second == [*first, {"role": "assistant", "content": "Hello"}, second[-1]]
+    assert second[-1]["role"] == "user"
+
+
+def breaks_off(connection: socket.socket, number: int) -> None:
+    """Send three events over four connections, and ids and a retry without data."""
+    parts = [
+        (b"retry: 50\n\n", b"id: 1\ndata: a\n\n", b"id: 2\n\n"),
+        (b"data: b\n\n",),
+        (b"id: 3\n\n",),
+        (b"data: c\n\n",),
+    ]
+    connection.sendall(chunked(*parts[number - 1], end=number == 2))
+    if number == 4:
+        connection.recv(1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_readme_connects_again(asynchronous):
+    [code] = snippets("python", "Last-Event-ID")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    seen: list[str] = []
+
+    def sync() -> None:
+        with (
+            httpx.Client() as client,
+            contextlib.closing(names["events"](client, server.url)) as events,
+        ):
+            seen.extend(event.data for event in itertools.islice(events, 3))
+
+    async def using_async() -> None:
+        async with (
+            httpx.AsyncClient() as client,
+            contextlib.aclosing(names["events_async"](client, server.url)) as events,
+        ):
+            while len(seen) < 3:
+                seen.append((await anext(events)).data)
+
+    with serve(breaks_off) as server:
+        start = time.monotonic()
+        asyncio.run(using_async()) if asynchronous else sync()
+        seconds = time.monotonic() - start
+        ids = [re.findall("(?i)last-event-id: (.*)\r", head) for head in server.heads]
+    assert seen == ["a", "b", "c"]
+    assert ids == [[], ["2"], ["2"], ["3"]]
+    assert 3 * 0.05 <= seconds < 3
+
+
+def test_readme_shell(tmp_path):
+    [block] = snippets("sh", "question.txt")
+    for tool in ("bash", "git", "jq"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    shutil.copy(PROGRAM, tmp_path)
+    (tmp_path / "question.txt").write_text("Why is the sky blue?")
+    shell("git", "init", "-q", cwd=tmp_path)
+    shell("git", "add", ".", cwd=tmp_path)
+    (tmp_path / "question.txt").write_text("Why is the sea blue?")
+    python = f'set -euo pipefail; python() {{ "{sys.executable}" "$@"; }}; '
+    lines = [python + line for line in block.splitlines()]
+    diff, to_file, text, colour, story = (
+        shell("bash", "-c", line, cwd=tmp_path) for line in lines
+    )
+    assert "You wrote: diff --git" in diff
+    assert (to_file, story) == ("", "")
+    assert "the sea blue?" in (tmp_path / "answer.txt").read_text()
+    assert "a long story" in (tmp_path / "story.txt").read_text()
+    assert text.startswith("You wrote: hi\n\nNo model")
+    assert colour.rstrip() == "YOU WROTE: NAME A COLOUR:"
+
+
+@pytest.mark.parametrize("diff", snippets("diff"))
+def test_readme_coming_from(diff, demo_url):
+    needs("httpx_sse")
+    needs("openai")
+    messages = [{"role": "user", "content": "blue whales"}]
+
+    async def collect(answer: Any) -> str:
+        return "".join([text async for text in answer])
+
+    answers = []
+    for other in "+-":  # the lines before, and those after
+        lines = [line[1:] for line in diff.splitlines() if line[:1] != other]
+        names: dict[str, Any] = {"URL": demo_url + "/chat/completions"}
+        exec("\n".join(lines), names)
+        answers.append("".join(names["answer"](messages)))
+        answers.append(asyncio.run(collect(names["answer_async"](messages))))
+    assert "blue whales" in answers[0]
+    assert answers == answers[:1] * 4
+
+
+def test_readme_fixture(tmp_path):
+    [code] = snippets("python", "@pytest.fixture")
+    test = """
+from sse_chat import generate
+
+def test_it(base_url):
+    assert "whales" in generate("whales", base_url=base_url, model="demo").text
+"""
+    (tmp_path / "test_it.py").write_text(code + test)
+    shell(sys.executable, "-m", "pytest", cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+def test_readme_names_all_that_is_public():
+    named = set(re.findall(r"`(?:await )?(\w+)`", README))
+    assert set(sse_chat.__all__) <= named
+
+
+def shell(*command: Any, cwd: Path, **env: str) -> str:
+    """Run a command, which must succeed, beside a demo server; give its output."""
+    with sse_chat.demo_server() as url:
+        env = environment(OPENAI_BASE_URL=url, PYTHONDONTWRITEBYTECODE="1", **env)
         done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -4359,6 +4503,13 @@ ILL_TYPED = 'client.stream("hi", model=3)\n'
 
 
 @pytest.mark.install
+def test_first_command_of_the_readme(tmp_path):
+    shutil.copy(PROGRAM, tmp_path)
+    [command] = snippets("sh", "--demo")
+    assert "Hello, who are you?" in shell("bash", "-c", command, cwd=tmp_path)
+
+
+@pytest.mark.install
 @pytest.mark.parametrize("how", ["wheel", "editable"])
 def test_what_pip_installs(how, tmp_path):
     shell(sys.executable, "-m", "venv", "venv", cwd=tmp_path)
@@ -4388,3 +4539,83 @@ def test_what_pip_installs(how, tmp_path):
         last = TYPED_PROGRAM.count("\n") + 1
         errors = [line for line in lines if "error:" in line]
         assert errors and all(f"bad.py:{last}:" in line for line in errors), lines
+
+
+def test_pydantic_knows_the_types():
+    pydantic = needs("pydantic")
+    with sse_chat.demo_server() as url:
+        answer = sse_chat.generate("hi", base_url=url, model="demo")
+    adapter = pydantic.TypeAdapter(ChatCompletion)
+    schema = adapter.json_schema()
+    assert {"id", "choices", "created", "model", "usage"} <= set(schema["properties"])
+    assert schema["properties"]["choices"]["type"] == "array"
+    assert adapter.validate_json(adapter.dump_json(answer)) == answer
+    with pytest.raises(pydantic.ValidationError):
+        adapter.validate_python(answer.to_dict() | {"choices": 3})
+
+
+@contextlib.contextmanager
+def served_by_uvicorn(app: Any) -> Iterator[str]:
+    uvicorn = needs("uvicorn")
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_fastapi_answers_with_a_completion():
+    app = needs("fastapi").FastAPI()
+
+    @app.get("/", response_model=ChatCompletion)
+    async def ask():
+        return await sse_chat.agenerate("hi", base_url=url, model="demo")
+
+    with sse_chat.demo_server() as url, served_by_uvicorn(app) as ours:
+        answer = httpx.get(ours)
+        whole = sse_chat.generate("hi", base_url=url, model="demo")
+        schema = httpx.get(ours + "/openapi.json").json()
+    assert answer.status_code == 200
+    assert ChatCompletion.from_dict(answer.json()).choices == whole.choices
+    assert "ChatCompletion" in schema["components"]["schemas"]
+
+
+def test_fastapi_relays_a_stream_until_its_client_leaves():
+    fastapi = needs("fastapi")
+    app = fastapi.FastAPI()
+
+    @app.get("/")
+    async def relay():
+        async def events() -> AsyncIterator[bytes]:
+            options = {"base_url": upstream.url, "model": "m"}
+            async with sse_chat.astream_chat("hi", **options) as stream:
+                async for chunk in stream:
+                    yield ServerSentEvent(data=json.dumps(chunk.raw)).encode()
+
+        kind = "text/event-stream"
+        return fastapi.responses.StreamingResponse(events(), media_type=kind)
+
+    def endless(connection: socket.socket, number: int) -> None:
+        connection.sendall(chunked(end=False))
+        while not select.select([connection], [], [], 0.05)[0]:
+            connection.sendall(b"%x\r\n%s\r\n" % (len(token), token))
+
+    token = event("token ")
+    with (
+        serve(endless) as upstream,
+        served_by_uvicorn(app) as ours,
+        httpx.Client() as client,
+    ):
+        with connect_sse(client, "GET", ours) as source:
+            events = itertools.islice(source.iter_sse(), 3)
+            chunks = [ChatCompletionChunk.from_dict(event.json()) for event in events]
+            assert not upstream.left.acquire(timeout=0.1)
+        assert upstream.left.acquire(timeout=1)
+    assert [chunk.text for chunk in chunks] == ["token "] * 3
