@@ -2711,6 +2711,7 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
     """
     import socket
     import threading
+    import weakref
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()

@@ -4583,7 +4583,7 @@ def test_fastapi_answers_with_a_completion():
         whole = sse_chat.generate("hi", base_url=url, model="demo")
         schema = httpx.get(ours + "/openapi.json").json()
     assert answer.status_code == 200
-    assert ChatCompletion.from_dict(answer.json()).choices == whole.choices
+    assert ChatCompletion.from_dict(answer.json()).text == whole.text
     assert "ChatCompletion" in schema["components"]["schemas"]
 
 
@@ -4602,20 +4602,19 @@ def test_fastapi_relays_a_stream_until_its_client_leaves():
         kind = "text/event-stream"
         return fastapi.responses.StreamingResponse(events(), media_type=kind)
 
-    def endless(connection: socket.socket, number: int) -> None:
-        connection.sendall(chunked(end=False))
-        while not select.select([connection], [], [], 0.05)[0]:
-            connection.sendall(b"%x\r\n%s\r\n" % (len(token), token))
+    def goes_silent(connection: socket.socket, number: int) -> str:
+        connection.sendall(chunked(event("one "), event("two "), end=False))
+        return KEEP
 
-    token = event("token ")
     with (
-        serve(endless) as upstream,
+        serve(goes_silent) as upstream,
         served_by_uvicorn(app) as ours,
         httpx.Client() as client,
     ):
         with connect_sse(client, "GET", ours) as source:
-            events = itertools.islice(source.iter_sse(), 3)
-            chunks = [ChatCompletionChunk.from_dict(event.json()) for event in events]
+            events = source.iter_sse()
+            first, second = next(events).json(), next(events).json()
             assert not upstream.left.acquire(timeout=0.1)
         assert upstream.left.acquire(timeout=1)
-    assert [chunk.text for chunk in chunks] == ["token "] * 3
+    texts = [ChatCompletionChunk.from_dict(chunk).text for chunk in (first, second)]
+    assert texts == ["one ", "two "]
