@@ -4468,8 +4468,9 @@ def words(client: ChatClient) -> str:
     for chunk in stream:
         for choice in chunk.choices:
             print(choice.index, choice.delta.content or "", chunk.reasoning)
-    usage = stream.completion.usage
-    return f"{stream.response.status_code} {usage.total_tokens if usage else 0}"
+    usage, response = stream.completion.usage, stream.response
+    status = response.status_code if response else 0
+    return f"{status}, {usage.total_tokens if usage else 0} tokens"
 
 
 def calls(client: ChatClient) -> str:
