@@ -4591,12 +4591,14 @@ def test_fastapi_answers_with_a_completion():
 def test_fastapi_relays_a_stream_until_its_client_leaves():
     fastapi = needs("fastapi")
     app = fastapi.FastAPI()
+    kept: list[Any] = []
 
     @app.get("/")
     async def relay():
         async def events() -> AsyncIterator[bytes]:
             options = {"base_url": upstream.url, "model": "m"}
             async with sse_chat.astream_chat("hi", **options) as stream:
+                kept.append(stream)
                 async for chunk in stream:
                     yield ServerSentEvent(data=json.dumps(chunk.raw)).encode()
 
