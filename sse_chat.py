@@ -2621,32 +2621,43 @@ class AsyncChatClient(_Client):
 
 
 @contextmanager
-def demo_server(delay: float = 0.0) -> Iterator[str]:
+def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]:
     """Serve the chat API on a loopback port, and give its base URL; also for tests.
 
-    It answers about the prompt that it gets, with `delay` seconds between tokens.
+    It answers about the prompt that it gets, with `delay` seconds between tokens, and
+    refuses requests without `api_key`, if given. It heeds `stream`, `stream_options`,
+    `n`, `stop`, `max_tokens` (reasoning counts, too), and calls one of `tools` where
+    `tool_choice` demands it. What is still open when the context ends is closed.
     """
+    import socket
     import threading
+    import weakref
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def do_GET(self) -> None:
-            if self.path.endswith("/models"):
-                models = [{"id": "demo", "object": "model", "owned_by": "sse_chat"}]
-                self.send_json(200, {"object": "list", "data": models})
-            else:
-                self.send_failure(404, f"there is no {self.path}")
-
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            if not self.path.partition("?")[0].endswith("/chat/completions"):
-                return self.send_failure(404, f"there is no {self.path}")
+            path = self.path.partition("?")[0]
+            if api_key and self.headers["authorization"] != f"Bearer {api_key}":
+                self.send_failure(401, "no API key, or a wrong one", "invalid_api_key")
+            elif self.command == "GET" and path.endswith("/models"):
+                models = [{"id": "demo", "object": "model", "owned_by": "sse_chat"}]
+                self.send_json(200, {"object": "list", "data": models})
+            elif self.command == "POST" and path.endswith("/chat/completions"):
+                self.send_completion(body)
+            else:
+                self.send_failure(404, f"there is no {path}")
+
+        do_GET = do_POST
+
+        def send_completion(self, body: bytes) -> None:
             try:
-                asked = json.loads(body)
-                chunks = _demo_chunks(asked["messages"])
+                chunks = _demo_chunks(asked := json.loads(body))
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 return self.send_failure(400, f"this is no chat request: {error!r}")
             if asked.get("stream"):
@@ -2654,9 +2665,9 @@ def demo_server(delay: float = 0.0) -> Iterator[str]:
             whole = accumulate(map(ChatCompletionChunk.from_dict, chunks))
             return self.send_json(200, whole.to_dict())
 
-        def send_failure(self, status: int, message: str) -> None:
-            error = {"message": message, "type": "invalid_request_error"}
-            self.send_json(status, {"error": error | {"param": None, "code": None}})
+        def send_failure(self, status: int, text: str, code: str | None = None) -> None:
+            error = {"message": text, "type": "invalid_request_error"}
+            self.send_json(status, {"error": error | {"param": None, "code": code}})
 
         def send_json(self, status: int, value: Json) -> None:
             body = json.dumps(value).encode()
@@ -2684,42 +2695,108 @@ def demo_server(delay: float = 0.0) -> Iterator[str]:
         daemon_threads = True
         request_queue_size = 1024
 
+        def get_request(self) -> tuple[socket.socket, Any]:
+            connection, address = super().get_request()
+            connections.add(connection)
+            return connection, address
+
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # a client that went away
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        serve = functools.partial(server.serve_forever, poll_interval=0.05)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"
         finally:
             server.shutdown()
+            thread.join()
+            for connection in list(connections):
+                with suppress(OSError):  # its client has left before
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
-def _demo_chunks(messages: list[Json]) -> list[Json]:
-    prompt = _content(messages[-1])[0] or ""
-    turn = sum(message["role"] == "user" for message in messages)
+def _demo_chunks(asked: Json) -> list[Json]:
+    """Return the chunks that answer a request, and its usage where that is due."""
+    prompt = _content(asked["messages"][-1])[0] or ""
+    tool = _demo_tool(asked)
+    finish = "tool_calls" if tool else "stop"
+    tokens = _demo_call(tool, asked) if tool else _demo_text(prompt, asked)
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    if limit and limit < len(tokens):
+        tokens, finish = tokens[:limit], "length"
+
+    n = asked.get("n") or 1
+    role = {"role": "assistant", "content": None if tool else ""}
+    choices = [
+        {"index": index, "delta": delta, "finish_reason": None if delta else finish}
+        for delta in (role, *tokens, {})
+        for index in range(n)
+    ]
+    chunks: list[Json] = [{"choices": [choice]} for choice in choices]
+    options = asked.get("stream_options") or {}
+    if options.get("include_usage") or not asked.get("stream"):
+        spent = {"prompt_tokens": len(prompt.split())}
+        spent["completion_tokens"] = n * len(tokens)
+        spent["total_tokens"] = sum(spent.values())
+        chunks.append({"choices": [], "usage": spent})
+    head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": "demo"}
+    return [{**head, "created": int(time.time()), **chunk} for chunk in chunks]
+
+
+def _demo_text(prompt: str, asked: Json) -> list[Json]:
+    turn = sum(message["role"] == "user" for message in asked["messages"])
     thoughts = f"The prompt has {len(prompt)} characters, and this is turn {turn}."
     answer = (
         f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo server "
         "of sse_chat, which knows the chat API and nothing else. For a real answer "
         "start a server, such as `ollama serve`, and leave out --demo."
     )
-    deltas: list[Json] = [{"role": "assistant", "content": ""}]
-    deltas += [{"content": "", "reasoning": t} for t in re.findall(r"\s*\S+", thoughts)]
-    deltas += [{"content": token} for token in re.findall(r"\s*\S+", answer)]
-    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(deltas) - 1}
-    spent["total_tokens"] = sum(spent.values())
-    head: Json = {
-        "id": "chatcmpl-demo",
-        "object": "chat.completion.chunk",
-        "model": "demo",
-    }
-    none = {"index": 0, "finish_reason": None}
-    choices: list[Json] = [none | {"delta": delta} for delta in deltas]
-    choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
-    chunks: list[Json] = [{"choices": [choice]} for choice in choices]
-    chunks.append({"choices": [], "usage": spent})
-    return [{**head, "created": int(time.time()), **chunk} for chunk in chunks]
+    stop = asked.get("stop") or []
+    for word in [stop] if isinstance(stop, str) else stop:
+        answer = answer.partition(word)[0]
+    deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
+    return deltas + [{"content": token} for token in _demo_tokens(answer)]
+
+
+def _demo_tool(asked: Json) -> Json | None:
+    """Return the function that a request demands to be called, if it demands one."""
+    choice = asked.get("tool_choice")
+    functions: list[Json] = [tool["function"] for tool in asked.get("tools") or []]
+    if choice == "required":
+        return functions[0]
+    if isinstance(choice, dict):
+        return {f["name"]: f for f in functions}[choice["function"]["name"]]
+    return None
+
+
+def _demo_call(function: Json, asked: Json) -> list[Json]:
+    arguments = json.dumps(_demo_value(function.get("parameters") or {}))
+    pieces: list[Json] = [{"name": function["name"], "arguments": ""}]
+    pieces += [{"arguments": token} for token in _demo_tokens(arguments)]
+    calls: list[Json] = [{"index": 0, "function": piece} for piece in pieces]
+    calls[0] |= {"id": f"call_{len(asked['messages'])}", "type": "function"}
+    return [{"tool_calls": [call]} for call in calls]
+
+
+def _demo_value(schema: Json) -> Any:
+    """Return something small that fits a JSON schema, as far as its types tell."""
+    if schema.get("enum"):
+        return schema["enum"][0]
+    if schema.get("anyOf"):
+        return _demo_value(schema["anyOf"][0])
+    kind = schema.get("type", "object")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        names, schemas = schema.get("required") or [], schema.get("properties") or {}
+        return {name: _demo_value(schemas.get(name) or {}) for name in names}
+    values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
+    return values.get(kind)
+
+
+def _demo_tokens(text: str) -> list[str]:
+    return re.findall(r"\s*\S+|\s+", text)
 
 
 # ------------------------------------------------------------------------------------

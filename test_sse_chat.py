@@ -1,7 +1,8 @@
 """What sse_chat promises, as tests: events, types, endings, errors, the terminal.
 
 `pytest -m live` runs those that want a live server, whose base URL is in
-SSE_CHAT_LIVE_URL. HYPOTHESIS_PROFILE=ci looks longer for counterexamples.
+SSE_CHAT_LIVE_URL, `pytest -m install` those that install the project as users do.
+HYPOTHESIS_PROFILE=ci looks longer for counterexamples.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import random
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -74,6 +76,12 @@ try:
     import httpx
 except ModuleNotFoundError:  # the core of this file runs under either
     import httpx2 as httpx
+
+
+def needs(name: str) -> Any:
+    """Import what only the extra test-all installs, or skip the test."""
+    return pytest.importorskip(name, reason=f"{name}: pip install -e '.[test-all]'")
+
 
 # ------------------------------------------------------------------------------------
 # A server on a raw loopback socket: what it sends is what a test says, byte for byte
@@ -3820,24 +3828,38 @@ def test_import_without_httpx():
 # ------------------------------------------------------------------------------------
 
 
-def test_demo_server_speaks_the_wire_format():
+def demo(params: dict, key: str | None = None, **options: Any) -> tuple[list, dict]:
+    """Ask a demo server; return the chunks of a streamed answer, and a whole one."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "blue whales"}]}
-    with sse_chat.demo_server() as url, httpx.Client(base_url=url) as client:
-        assert client.get("/models").json()["data"][0]["id"]
+    body |= params
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with (
+        sse_chat.demo_server(**options) as url,
+        httpx.Client(headers=headers) as client,
+    ):
         streamed = {"json": body | {"stream": True}}
-        with client.stream("POST", "/chat/completions", **streamed) as response:
+        with client.stream("POST", url + "/chat/completions", **streamed) as response:
+            assert response.status_code == 200
             assert response.headers["content-type"] == "text/event-stream"
             assert response.headers["transfer-encoding"] == "chunked"
-            events = [e.data for e in sse_chat.iter_sse(response.iter_raw())]
-        whole = client.post("/chat/completions", json=body).json()
+            *events, done = iter_sse(response.iter_raw())
+        whole = client.post(url + "/chat/completions", json=body).json()
+    assert done.data == "[DONE]"
+    return [json.loads(event.data) for event in events], whole
+
+
+WITH_USAGE = {"stream_options": {"include_usage": True}}
+
+
+def test_demo_server_speaks_the_wire_format():
+    chunks, whole = demo(WITH_USAGE)
     assert whole["object"] == "chat.completion"
     assert "blue whales" in whole["choices"][0]["message"]["content"]
-
-    assert events.pop() == "[DONE]"
-    chunks = [json.loads(data) for data in events]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
     usage = chunks.pop()
     assert (usage["choices"], usage["usage"] == whole["usage"]) == ([], True)
+    assert {chunk["choices"][0]["index"] for chunk in chunks} == {0}
     first, *middle, last = (chunk["choices"][0] for chunk in chunks)
     assert first["delta"]["role"] == "assistant"
     assert (first["finish_reason"], last["finish_reason"]) == (None, "stop")
@@ -3845,10 +3867,111 @@ def test_demo_server_speaks_the_wire_format():
     assert thinking == sorted(thinking, reverse=True)  # all of the reasoning first
     assert all(c["delta"].get("reasoning") or c["delta"]["content"] for c in middle)
     assert 3 < sum(thinking) < len(middle) - 3  # token by token
+    assert whole["usage"]["completion_tokens"] == len(middle)
+
+
+def test_demo_server_sends_usage_where_it_was_asked_for():
+    for params in ({}, {"stream_options": {"include_usage": False}}):
+        chunks, whole = demo(params)
+        assert not any("usage" in chunk for chunk in chunks)
+        assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+        assert whole["usage"]["total_tokens"] > 0
+
+
+def answers(chunks: list[dict], whole: dict) -> list[tuple[str, str]]:
+    """Return content and finish_reason of each choice, streamed as in one piece."""
+    streamed = accumulate(map(ChatCompletionChunk.from_dict, chunks))
+    assert streamed.choices == ChatCompletion.from_dict(whole).choices
+    return [(c["message"].get("content"), c["finish_reason"]) for c in whole["choices"]]
+
+
+def test_demo_server_gives_n_choices():
+    chunks, whole = demo({"n": 3} | WITH_USAGE)
+    first, *others = answers(chunks, whole)
+    assert others == [first, first]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    one = demo({})[1]["usage"]["completion_tokens"]
+    assert chunks[-1]["usage"]["completion_tokens"] == one * 3
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_demo_server_stops_at_the_token_limit(name):
+    spent = demo({})[1]["usage"]["completion_tokens"]
+    [(text, _)] = answers(*demo({}))
+    [(shorter, finish)] = answers(*demo({name: spent - 2}))
+    assert text.startswith(shorter)
+    assert (len(shorter.split()), finish) == (len(text.split()) - 2, "length")
+    assert answers(*demo({name: spent})) == [(text, "stop")]
+    assert demo({name: 1})[1]["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("stop", ["whales", ["model", "whales", "nowhere"]])
+def test_demo_server_stops_at_a_stop_word(stop):
+    assert answers(*demo({"stop": stop})) == [("You wrote: blue ", "stop")]
+
+
+SCHEMA = {
+    "type": "object",
+    "required": ["city", "days", "unit", "exact", "near", "tags", "limit"],
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "exact": {"type": "boolean"},
+        "near": {
+            "type": "object",
+            "properties": {"km": {"type": "number"}, "mark": {"type": "string"}},
+            "required": ["km"],
+        },
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "limit": {"anyOf": [{"type": ["integer", "null"]}, {"type": "null"}]},
+        "optional": {"type": "string"},
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "now", "description": "the time"}},
+]
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NOW])
+def test_demo_server_calls_a_tool_that_must_be_called(choice):
+    chunks, whole = demo({"tools": TOOLS, "tool_choice": choice})
+    assert answers(chunks, whole) == [(None, "tool_calls")]
+    [call] = whole["choices"][0]["message"]["tool_calls"]
+    assert (bool(call["id"]), call["type"]) == (True, "function")
+    arguments = json.loads(call["function"]["arguments"])
+    if choice == NOW:
+        assert (call["function"]["name"], arguments) == ("now", {})
+        return
+    assert call["function"]["name"] == "weather"
+    assert list(arguments) == SCHEMA["required"]
+    kinds = [str, int, str, bool, dict, list, int]
+    assert [type(value) for value in arguments.values()] == kinds
+    assert arguments["unit"] == "C"
+    assert {name: type(value) for name, value in arguments["near"].items()} == {
+        "km": int
+    }
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def test_demo_server_answers_in_words_where_no_tool_must_be_called(choice):
+    [(text, finish)] = answers(*demo({"tools": TOOLS, "tool_choice": choice}))
+    assert ("blue whales" in text, finish) == (True, "stop")
 
 
 @pytest.mark.parametrize(
-    "body", ["{", "[]", "{}", '{"messages": []}', '{"messages": ["hi"]}']
+    "body",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"messages": []}',
+        '{"messages": ["hi"]}',
+        '{"messages": [{"role": "user", "content": "hi"}], "n": "many"}',
+        '{"messages": [{"role": "user", "content": "hi"}], "tool_choice": "required"}',
+    ],
 )
 def test_demo_server_refuses_as_openai_does(body):
     with sse_chat.demo_server() as url:
@@ -3859,6 +3982,59 @@ def test_demo_server_refuses_as_openai_does(body):
         error = response.json()["error"]
         assert error["message"]
         assert error["type"] == "invalid_request_error"
+
+
+def test_demo_server_demands_its_key():
+    with sse_chat.demo_server(api_key="sk-right") as url:
+        options = {"base_url": url, "model": "demo"}
+        for key in (None, "sk-wrong", "sk-right-and-more"):
+            with pytest.raises(sse_chat.APIStatusError) as failure:
+                sse_chat.generate("hi", api_key=key, **options)
+            error = failure.value
+            assert (error.status_code, error.code) == (401, "invalid_api_key")
+            assert error.type == "invalid_request_error"
+        assert httpx.get(url + "/models").status_code == 401
+        assert sse_chat.generate("hi", api_key="sk-right", **options).text
+    assert demo({}, key="sk-right", api_key="sk-right")[0]
+
+
+def test_demo_server_with_openai():
+    openai = needs("openai")
+    with (
+        sse_chat.demo_server(api_key="sk-right") as url,
+        openai.OpenAI(base_url=url, api_key="sk-right") as client,
+    ):
+        create = client.chat.completions.create
+        ask = {"model": "demo", "messages": [{"role": "user", "content": "whales"}]}
+        text = ""
+        for chunk in create(stream=True, **ask):  # the commonest loop of all
+            text += chunk.choices[0].delta.content or ""
+        whole = create(n=2, **ask)
+        assert [choice.message.content for choice in whole.choices] == [text, text]
+        *_, last = create(stream=True, stream_options={"include_usage": True}, **ask)
+        assert last.usage.completion_tokens * 2 == whole.usage.completion_tokens
+        called = create(tools=TOOLS, tool_choice="required", **ask).choices[0]
+        assert called.message.tool_calls[0].function.name == "weather"
+        assert [model.id for model in client.models.list()] == ["demo"]
+        with pytest.raises(openai.AuthenticationError, match="key"):
+            openai.OpenAI(base_url=url, api_key="sk-wrong").models.list()
+
+
+def test_demo_server_ends_with_its_context():
+    before = set(threading.enumerate())
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with httpx.Client() as client:  # it keeps its connections beyond the server's end
+        with sse_chat.demo_server(delay=0.05) as url:
+            client.get(url + "/models")
+            asked = client.build_request("POST", url + "/chat/completions", json=body)
+            unread = client.send(asked, stream=True)
+            started = set(threading.enumerate()) - before
+        assert len(started) >= 2
+        for thread in started:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        with pytest.raises(httpx.RemoteProtocolError):
+            unread.read()  # cut off, not ended
 
 
 def test_demo_server_for_our_own_calls():
@@ -4113,3 +4289,335 @@ def test_leaving_the_conversation():
         terminal.send("\x03")
         code, shown = terminal.end()
     assert (code, "Traceback" in shown) == (130, False)
+
+
+# ------------------------------------------------------------------------------------
+# The README, types for everybody, pydantic and FastAPI
+# ------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+URL = "http://localhost:11434/v1"
+
+
+def snippets(language: str, word: str = "") -> list[str]:
+    """Return the README's code in a language, with a word in it."""
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+    return [block for block in blocks if word in block]
+
+
+@pytest.fixture
+def demo_url(monkeypatch):
+    for name in filter(STEERING.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
+    with sse_chat.demo_server() as url:
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        yield url
+
+
+@pytest.mark.parametrize("code", snippets("python"))
+def test_readme_python(code, demo_url, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    assert bool(out) == ("print(" in code)
+    assert not out or ("demo server" in out and out.endswith("\n"))
+    assert ("rain in demo" in out) == ("def weather" in code)  # the tool has run
+
+
+def test_readme_goes_on_from_a_cut_answer(monkeypatch, capsys):
+    [code] = snippets("python", "TruncatedStreamError")
+    answers = [http(event("Hel"), event("lo")), http(*HELLO)]
+    with serve(lambda link, number: link.sendall(answers[number - 1])) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        exec(code, {})
+        first, second = (json.loads(body)["messages"] for body in server.bodies)
+    assert capsys.readouterr().out == "HelloHello\n"
+    assert second == [*first, {"role": "assistant", "content": "Hello"}, second[-1]]
+    assert second[-1]["role"] == "user"
+
+
+def breaks_off(connection: socket.socket, number: int) -> None:
+    """Send three events over four connections, and ids and a retry without data."""
+    parts = [
+        (b"retry: 50\n\n", b"id: 1\ndata: a\n\n", b"id: 2\n\n"),
+        (b"data: b\n\n",),
+        (b"id: 3\n\n",),
+        (b"data: c\n\n",),
+    ]
+    connection.sendall(chunked(*parts[number - 1], end=number == 2))
+    if number == 4:
+        connection.recv(1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_readme_connects_again(asynchronous):
+    [code] = snippets("python", "Last-Event-ID")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    seen: list[str] = []
+
+    def sync() -> None:
+        with (
+            httpx.Client() as client,
+            contextlib.closing(names["events"](client, server.url)) as events,
+        ):
+            seen.extend(event.data for event in itertools.islice(events, 3))
+
+    async def using_async() -> None:
+        async with (
+            httpx.AsyncClient() as client,
+            contextlib.aclosing(names["events_async"](client, server.url)) as events,
+        ):
+            while len(seen) < 3:
+                seen.append((await anext(events)).data)
+
+    with serve(breaks_off) as server:
+        start = time.monotonic()
+        asyncio.run(using_async()) if asynchronous else sync()
+        seconds = time.monotonic() - start
+        ids = [re.findall("(?i)last-event-id: (.*)\r", head) for head in server.heads]
+    assert seen == ["a", "b", "c"]
+    assert ids == [[], ["2"], ["2"], ["3"]]
+    assert 3 * 0.05 <= seconds < 3
+
+
+def test_readme_shell(tmp_path):
+    [block] = snippets("sh", "question.txt")
+    for tool in ("bash", "git", "jq"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    shutil.copy(PROGRAM, tmp_path)
+    (tmp_path / "question.txt").write_text("Why is the sky blue?")
+    shell("git", "init", "-q", cwd=tmp_path)
+    shell("git", "add", ".", cwd=tmp_path)
+    (tmp_path / "question.txt").write_text("Why is the sea blue?")
+    python = f'set -euo pipefail; python() {{ "{sys.executable}" "$@"; }}; '
+    lines = [python + line for line in block.splitlines()]
+    diff, to_file, text, colour, story = (
+        shell("bash", "-c", line, cwd=tmp_path) for line in lines
+    )
+    assert "You wrote: diff --git" in diff
+    assert (to_file, story) == ("", "")
+    assert "the sea blue?" in (tmp_path / "answer.txt").read_text()
+    assert "a long story" in (tmp_path / "story.txt").read_text()
+    assert text.startswith("You wrote: hi\n\nNo model")
+    assert colour.rstrip() == "YOU WROTE: NAME A COLOUR:"
+
+
+@pytest.mark.parametrize("diff", snippets("diff"))
+def test_readme_coming_from(diff, demo_url):
+    needs("httpx_sse")
+    needs("openai")
+    messages = [{"role": "user", "content": "blue whales"}]
+
+    async def collect(answer: Any) -> str:
+        return "".join([text async for text in answer])
+
+    answers = []
+    for other in "+-":  # the lines before, and those after
+        lines = [line[1:] for line in diff.splitlines() if line[:1] != other]
+        names: dict[str, Any] = {"URL": demo_url + "/chat/completions"}
+        exec("\n".join(lines), names)
+        answers.append("".join(names["answer"](messages)))
+        answers.append(asyncio.run(collect(names["answer_async"](messages))))
+    assert "blue whales" in answers[0]
+    assert answers == answers[:1] * 4
+
+
+def test_readme_fixture(tmp_path):
+    [code] = snippets("python", "@pytest.fixture")
+    test = """
+from sse_chat import generate
+
+def test_it(base_url):
+    assert "whales" in generate("whales", base_url=base_url, model="demo").text
+"""
+    (tmp_path / "test_it.py").write_text(code + test)
+    shell(sys.executable, "-m", "pytest", cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+def test_readme_names_all_that_is_public():
+    named = set(re.findall(r"`(?:await )?(\w+)`", README))
+    assert set(sse_chat.__all__) <= named
+
+
+def shell(*command: Any, cwd: Path, **env: str) -> str:
+    """Run a command, which must succeed, beside a demo server; give its output."""
+    with sse_chat.demo_server() as url:
+        env = environment(OPENAI_BASE_URL=url, PYTHONDONTWRITEBYTECODE="1", **env)
+        done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TYPED_PROGRAM = """\
+# pyright: strict
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sse_chat import APIError, AsyncChatClient, ChatClient, generate
+from sse_chat import ChatCompletionMessage
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def words(client: ChatClient) -> str:
+    stream = client.stream("whales", temperature=0, stop=["."])
+    for chunk in stream:
+        for choice in chunk.choices:
+            print(choice.index, choice.delta.content or "", chunk.reasoning)
+    usage, response = stream.completion.usage, stream.response
+    status = response.status_code if response else 0
+    return f"{status}, {usage.total_tokens if usage else 0} tokens"
+
+
+def calls(client: ChatClient) -> str:
+    messages: list[Mapping[str, Any] | ChatCompletionMessage] = []
+    messages.append({"role": "user", "content": "Is it raining?"})
+    first = client.generate(messages, tools=TOOLS, tool_choice="required").choices[0]
+    messages.append(first.message)
+    for call in first.message.tool_calls or []:
+        result = str(json.loads(call.function.arguments))
+        answer = {"role": "tool", "tool_call_id": call.id, "content": result}
+        messages.append(answer)
+    return client.generate(messages).text
+
+
+async def several(prompts: list[str]) -> list[str]:
+    async with AsyncChatClient(model="demo") as client:
+        async for text in client.stream(prompts[0]).text():
+            print(text)
+        answers = await asyncio.gather(*map(client.generate, prompts))
+    return [answer.text for answer in answers]
+
+
+with ChatClient(model="demo") as client:
+    try:
+        print(words(client), calls(client), asyncio.run(several(["a", "b"])))
+        generate("hi", base_url="http://127.0.0.1:9", max_retries=0)
+    except APIError as error:
+        print(error.status_code, error.message, error.completion.text)
+"""
+ILL_TYPED = 'client.stream("hi", model=3)\n'
+
+
+@pytest.mark.install
+def test_first_command_of_the_readme(tmp_path):
+    shutil.copy(PROGRAM, tmp_path)
+    [command] = snippets("sh", "--demo")
+    assert "Hello, who are you?" in shell("bash", "-c", command, cwd=tmp_path)
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_what_pip_installs(how, tmp_path):
+    shell(sys.executable, "-m", "venv", "venv", cwd=tmp_path)
+    python = tmp_path / "venv/bin/python"
+    pip = functools.partial(shell, python, "-m", "pip", "install", "-q", cwd=tmp_path)
+    pip("build", "mypy", "pyright")
+    if how == "wheel":  # of the sdist
+        shell(python, "-m", "build", "-o", tmp_path, ROOT, cwd=tmp_path)
+        pip(*tmp_path.glob("*.whl"))
+    else:
+        pip("-e", ROOT)
+
+    shell("venv/bin/sse-chat", "--version", cwd=tmp_path)
+    shell(python, "-m", "sse_chat", "hi", cwd=tmp_path)
+    at = shell(python, "-c", "import sse_chat; print(sse_chat.__file__)", cwd=tmp_path)
+    assert at.startswith(str(tmp_path if how == "wheel" else ROOT))
+
+    (tmp_path / "good.py").write_text(TYPED_PROGRAM)
+    (tmp_path / "bad.py").write_text(TYPED_PROGRAM + ILL_TYPED)
+    mypy = "venv/bin/mypy", "--strict"
+    pyright = "venv/bin/pyright", "--pythonpath", python
+    shell(python, "good.py", cwd=tmp_path)
+    for checker in (mypy, pyright):
+        shell(*checker, "good.py", cwd=tmp_path)
+        done = subprocess.run([*checker, "bad.py"], cwd=tmp_path, capture_output=True)
+        lines = done.stdout.decode().splitlines()
+        last = TYPED_PROGRAM.count("\n") + 1
+        errors = [line for line in lines if "error:" in line]
+        assert errors and all(f"bad.py:{last}:" in line for line in errors), lines
+
+
+def test_pydantic_knows_the_types():
+    pydantic = needs("pydantic")
+    with sse_chat.demo_server() as url:
+        answer = sse_chat.generate("hi", base_url=url, model="demo")
+    adapter = pydantic.TypeAdapter(ChatCompletion)
+    schema = adapter.json_schema()
+    assert {"id", "choices", "created", "model", "usage"} <= set(schema["properties"])
+    assert schema["properties"]["choices"]["type"] == "array"
+    assert adapter.validate_json(adapter.dump_json(answer)) == answer
+    with pytest.raises(pydantic.ValidationError):
+        adapter.validate_python(answer.to_dict() | {"choices": 3})
+
+
+@contextlib.contextmanager
+def served_by_uvicorn(app: Any) -> Iterator[str]:
+    uvicorn = needs("uvicorn")
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_fastapi_answers_with_a_completion():
+    app = needs("fastapi").FastAPI()
+
+    @app.get("/", response_model=ChatCompletion)
+    async def ask():
+        return await sse_chat.agenerate("hi", base_url=url, model="demo")
+
+    with sse_chat.demo_server() as url, served_by_uvicorn(app) as ours:
+        answer = httpx.get(ours)
+        whole = sse_chat.generate("hi", base_url=url, model="demo")
+        schema = httpx.get(ours + "/openapi.json").json()
+    assert answer.status_code == 200
+    assert ChatCompletion.from_dict(answer.json()).text == whole.text
+    assert "ChatCompletion" in schema["components"]["schemas"]
+
+
+def test_fastapi_relays_a_stream_until_its_client_leaves():
+    fastapi = needs("fastapi")
+    app = fastapi.FastAPI()
+    kept: list[Any] = []
+
+    @app.get("/")
+    async def relay():
+        async def events() -> AsyncIterator[bytes]:
+            options = {"base_url": upstream.url, "model": "m"}
+            async with sse_chat.astream_chat("hi", **options) as stream:
+                kept.append(stream)
+                async for chunk in stream:
+                    yield ServerSentEvent(data=json.dumps(chunk.raw)).encode()
+
+        kind = "text/event-stream"
+        return fastapi.responses.StreamingResponse(events(), media_type=kind)
+
+    def goes_silent(connection: socket.socket, number: int) -> str:
+        connection.sendall(chunked(event("one "), event("two "), end=False))
+        return KEEP
+
+    with (
+        serve(goes_silent) as upstream,
+        served_by_uvicorn(app) as ours,
+        httpx.Client() as client,
+    ):
+        with connect_sse(client, "GET", ours) as source:
+            events = source.iter_sse()
+            first, second = next(events).json(), next(events).json()
+            assert not upstream.left.acquire(timeout=0.1)
+        assert upstream.left.acquire(timeout=1)
+    texts = [ChatCompletionChunk.from_dict(chunk).text for chunk in (first, second)]
+    assert texts == ["one ", "two "]
