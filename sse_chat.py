@@ -78,6 +78,26 @@ E = TypeVar("E", bound="APIError")
 
 Json = dict[str, Any]
 
+# fmt: off
+__all__ = [
+    "CONNECT_TIMEOUT", "DEFAULT_BASE_URL", "DEFAULT_MAX_EVENT_BYTES",
+    "DEFAULT_TIMEOUT", "MAX_CHOICES", "MAX_DEPTH", "MAX_RETRY_AFTER",
+    "MODELS_TIMEOUT", "APIConnectionError", "APIError",
+    "APIResponseValidationError", "APIStatusError", "APITimeoutError",
+    "AsyncChatClient", "AsyncChatStream", "ChatAccumulator", "ChatClient",
+    "ChatCompletion", "ChatCompletionChunk", "ChatCompletionMessage",
+    "ChatCompletionMessageToolCall", "ChatCompletionTokenLogprob", "ChatStream",
+    "ChoiceDelta", "ChoiceDeltaToolCall", "ChoiceDeltaToolCallFunction",
+    "ChoiceLogprobs", "CompletionTokensDetails", "CompletionUsage", "EventSource",
+    "Function", "Json", "Messages", "PromptTokensDetails", "SSEDecoder", "SSEError",
+    "SSELineDecoder", "ServerSentEvent", "TopLogprob", "TruncatedStreamError",
+    "accumulate", "aconnect_sse", "agenerate", "aiter_chunks", "aiter_lines",
+    "aiter_sse", "amodels", "astream_chat", "connect_sse", "demo_server",
+    "generate", "iter_chunks", "iter_lines", "iter_sse", "main", "models",
+    "split_thinking", "stream_chat",
+]
+# fmt: on
+
 __version__ = "0.2.0"
 
 # The most bytes one event may have, or one JSON body: a whole answer with its log
@@ -472,7 +492,8 @@ class _Model:
     @classmethod
     def _build(cls: type[M], d: Json) -> M:
         made = cls()
-        values, builders = made.__dict__, _builders(cls)
+        values: Json = made.__dict__
+        builders = _builders(cls)  # type: ignore[arg-type] # a class can be hashed
         for name, build in builders.items():
             sent = d.get(name)
             value = None if sent is None else build(sent)
@@ -2537,7 +2558,7 @@ class _Client:
         _check_client(call.client, self._kind)
         self._own = None if call.client else _new_client(self._kind, call.url)
         owned = {"base_url": call.base_url, "api_key": call.api_key}
-        self._options = options | owned | {"client": call.client or self._own}
+        self._options: Json = options | owned | {"client": call.client or self._own}
 
     def _call(self, messages: Messages, options: Json) -> _Call:
         for name in options.keys() & set(_OWNED):
