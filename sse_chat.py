@@ -1011,10 +1011,10 @@ class ChatAccumulator:
         if chunk.usage is not None:
             usage = chunk.raw.get("usage") or chunk.usage.to_dict()
             self._head["usage"] = _copy(usage, 1)
-        if chunk.system_fingerprint is not None:
-            self._head["system_fingerprint"] = _copy(chunk.system_fingerprint, 1)
-        if chunk.service_tier is not None:
-            self._head["service_tier"] = _copy(chunk.service_tier, 1)
+        if type(chunk.system_fingerprint) is str:
+            self._head["system_fingerprint"] = chunk.system_fingerprint
+        if type(chunk.service_tier) is str:
+            self._head["service_tier"] = chunk.service_tier
         if not _CHUNK.issuperset(chunk.raw):
             _merge(self._extra, _beyond(_CHUNK, chunk.raw) or {})
         for choice in chunk.choices:
@@ -1261,7 +1261,7 @@ def iter_chunks(
         for data in chunks:
             for chunk in answer.feed(data):
                 yield chunk
-            if answer.done:
+            if answer.over:
                 break
     except _network_errors() as error:
         cause = error
@@ -1279,7 +1279,7 @@ async def aiter_chunks(
         async for data in chunks:
             for chunk in answer.feed(data):
                 yield chunk
-            if answer.done:
+            if answer.over:
                 break
     except _network_errors() as error:
         cause = error
@@ -1327,9 +1327,8 @@ class _AnswerDecoder:
     """
 
     def __init__(self, max_event_bytes: int | None, call: _Call | None = None) -> None:
-        self.done = False  # the body has said that it is over: no more is read
-        self.closed = False  # it was closed from here
-        self.late = False  # no token came in the time for the first
+        self.over = ""  # why no more is to be read: "done", "closed" or "late"
+        self.deadline: float | None = None  # for the first token, until it is there
         self.failure: APIError | None = None
         self.response: Response | None = None
         self.over_http2 = False
@@ -1347,6 +1346,11 @@ class _AnswerDecoder:
         self._head = bytearray()  # all bytes, unless it is known to be a stream
         self._json: Json | None = None  # the completion, where it came in one piece
 
+    def start(self) -> None:
+        """Begin to count the time for the first token."""
+        limit = self._call.first_token_timeout if self._call else None
+        self.deadline = None if limit is None else time.monotonic() + limit
+
     def begin(self, response: Response) -> Response:
         """Take the response; without one, the bytes alone tell what they are."""
         self.response = response
@@ -1355,10 +1359,9 @@ class _AnswerDecoder:
         self._unzip = _unzip(response)
         return response
 
-    @property
-    def over(self) -> bool:
-        """Whether no more is to be read, whatever comes."""
-        return self.done or self.closed or self.late
+    def end(self, why: str) -> None:
+        """Read no more: [DONE] came, or it was ended from here."""
+        self.over = self.over or why
 
     @property
     def completion(self) -> ChatCompletion:
@@ -1369,7 +1372,7 @@ class _AnswerDecoder:
     @property
     def complete(self) -> bool:
         asked = self._call.choices if self._call else 1
-        whole = self._json is not None or self._answer.ended(asked, self.done)
+        whole = self._json is not None or self._answer.ended(asked, self.over == "done")
         return whole and self.failure is None
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
@@ -1410,7 +1413,7 @@ class _AnswerDecoder:
             chunk = self._chunk(event.data, event.event == "error")
             if chunk is not None:
                 yield chunk
-            if self.done:
+            if self.over:
                 return
         if over:
             what = f"an event of more than {self._limit} bytes"
@@ -1445,7 +1448,7 @@ class _AnswerDecoder:
         if not problem:
             return self._chunk_of(payload, data)
         if data.startswith("[DONE]"):
-            self.done = True
+            self.end("done")
         elif data and not data.isspace():
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return None
@@ -1463,8 +1466,8 @@ class _AnswerDecoder:
         except (ValueError, RecursionError) as error:
             problem = str(error)
         else:
-            if not self.has_token:
-                self.has_token = any(_has_token(c.delta) for c in chunk.choices)
+            if not self.has_token and any(_has_token(c.delta) for c in chunk.choices):
+                self.has_token, self.deadline = True, None
             return chunk
         raise self._invalid(f"JSON that is no chat completion ({problem})", text)
 
@@ -1526,14 +1529,15 @@ class _AnswerDecoder:
 
     def time_left(self) -> float | None:
         """Return the seconds left for the first token, None if it needs no bound."""
-        if self.has_token or self._call is None or self._call.deadline is None:
+        if self.deadline is None:
             return None
-        return max(0.0, self._call.deadline - time.monotonic())
+        return max(0.0, self.deadline - time.monotonic())
 
     def ended_by(self, error: APIError) -> APIError:
         """Return why no answer began: `error`, unless it was ended from here."""
         left = self.time_left()
-        self.late = left is not None and left < 0.01  # clocks differ a little
+        if left is not None and left < 0.01:  # clocks differ a little
+            self.end("late")
         self.failure = self.verdict(error.__cause__) if self.over else error
         return self.failure
 
@@ -1546,16 +1550,16 @@ class _AnswerDecoder:
 
     def verdict(self, cause: BaseException | None) -> APIError:
         """Say why an answer that is not complete ended."""
-        if self.closed:
+        if self.over == "closed":
             what = "the stream was closed here before the answer was whole"
             return self._fail(TruncatedStreamError, what)
-        if self.late and self._call is not None:
+        if self.over == "late" and self._call:
             what = f"no token within {self._call.first_token_timeout} s"
             return self._fail(APITimeoutError, f"{what} (first_token_timeout)", cause)
         if self._answer.failure:
             what = f"the server ended the answer with {self._answer.failure!r}"
             return self._fail(TruncatedStreamError, what, cause)
-        if cause is None and (self.done or self._kind == "other" or not self._mark):
+        if not cause and (self.over or self._kind == "other" or not self._mark):
             return self._no_answer()
         how = f"the connection broke ({_words(cause)})" if cause else "it ended"
         if _is_timeout(cause):
@@ -1567,7 +1571,7 @@ class _AnswerDecoder:
         return self._fail(TruncatedStreamError, what, cause)
 
     def _no_answer(self) -> APIError:
-        if self.done:
+        if self.over:
             return self._invalid("[DONE] and no answer")
         got = self._content_type or "no content type"
         if not self._mark:
@@ -1792,7 +1796,6 @@ class _Call:
         self.choices = max(1, n) if isinstance(n, int) else 1
         self.method = "POST"
         self.request: Any = None  # the latest, with all that httpx has added
-        self.deadline: float | None = None  # for the first token
         self.retries = 0
         self.died = False  # a kept connection did; no failure of ours, the first time
 
@@ -1817,11 +1820,6 @@ class _Call:
         self.headers["accept"] = "application/json"
         self.first_token_timeout = self.first_token_timeout or MODELS_TIMEOUT
         return self
-
-    def start(self) -> None:
-        """Begin to count the time for the first token."""
-        if self.first_token_timeout is not None:
-            self.deadline = time.monotonic() + self.first_token_timeout
 
     def build(self, client: Any, most: float | None = None) -> Any:
         """Make the request of an attempt; no phase of it takes over `most` seconds."""
@@ -2164,7 +2162,7 @@ async def _aask(
 
 def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     """Ask, again where the rules say so, until an answer begins."""
-    call.start()
+    answer.start()
     while True:
         started = time.monotonic()
         try:
@@ -2179,7 +2177,7 @@ def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
         except _network_errors() as cause:
             error = call.failure(cause, started)
         wait = call.wait_before_retry(error, answer.time_left())
-        if wait is None or answer.closed:
+        if wait is None or answer.over:
             raise answer.ended_by(error)
         if wait:
             time.sleep(wait)
@@ -2189,7 +2187,7 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     """Async twin of `_open`; here the time for the first token bounds all of it."""
     import anyio
 
-    call.start()
+    answer.start()
     with anyio.move_on_after(answer.time_left()) as answer.scope:
         while True:
             started = time.monotonic()
@@ -2207,11 +2205,11 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
             except _network_errors() as cause:
                 error = call.failure(cause, started)
             wait = call.wait_before_retry(error, answer.time_left())
-            if wait is None or answer.closed:
+            if wait is None or answer.over:
                 raise answer.ended_by(error)
             if wait:
                 await anyio.sleep(wait)
-    answer.late = True
+    answer.end("late")
     raise answer.verdict(None)
 
 
@@ -2220,23 +2218,21 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
     The time for the first token spans several reads, so a thread looks after it.
     """
-    left = answer.time_left()
-    if left is None:
+    if answer.deadline is None:
         return next(reads, None)
-    with _alarm(left, answer.response, answer):
+    with _alarm(answer.time_left() or 0.0, answer.response, answer):
         return next(reads, None)
 
 
 async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
-    left = answer.time_left()
-    if left is None and not answer.over_http2:
+    if answer.deadline is None and not answer.over_http2:
         return await anext(reads, None)
     import anyio
 
-    with anyio.move_on_after(left) as answer.scope:
+    with anyio.move_on_after(answer.time_left()) as answer.scope:
         return await anext(reads, None)
-    answer.late = True
+    answer.end("late")
     return None
 
 
@@ -2275,7 +2271,7 @@ def _alarm(
 
     def ring() -> None:
         if answer is not None:
-            answer.late = True
+            answer.end("late")
         _wake(response)
 
     timer = threading.Timer(seconds, ring)
@@ -2349,7 +2345,7 @@ class ChatStream(_Stream):
     def __next__(self) -> ChatCompletionChunk:
         for chunk in self._chunks:
             return chunk
-        self._answer.closed = True  # or whoever asks for more would take it for whole
+        self._answer.end("closed")  # or who asks for more would take it for whole
         self._answer.check()
         raise StopIteration
 
@@ -2369,7 +2365,7 @@ class ChatStream(_Stream):
         A thread that waits for the next chunk gets TruncatedStreamError; over HTTP/2,
         and before the headers have come, only when something does.
         """
-        self._answer.closed = True
+        self._answer.end("closed")
         try:
             self._chunks.close()
         except ValueError:  # another thread is in it, and closes it
@@ -2396,7 +2392,7 @@ class AsyncChatStream(_Stream):
     async def __anext__(self) -> ChatCompletionChunk:
         async for chunk in self._chunks:
             return chunk
-        self._answer.closed = True  # or whoever asks for more would take it for whole
+        self._answer.end("closed")  # or who asks for more would take it for whole
         self._answer.check()
         raise StopAsyncIteration
 
@@ -2415,7 +2411,7 @@ class AsyncChatStream(_Stream):
 
         A task that waits for the next chunk gets TruncatedStreamError.
         """
-        self._answer.closed = True
+        self._answer.end("closed")
         try:
             await self._chunks.aclose()
         except RuntimeError:  # another task is in it, and closes it
