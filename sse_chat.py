@@ -844,7 +844,7 @@ class ChatCompletionChunk(_Answer):
                 None if logprobs is None else _logprobs(logprobs),
             )
 
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[ChatCompletionChunk.Choice] = field(default_factory=list)
     object: str = "chat.completion.chunk"
 
     @classmethod
@@ -893,7 +893,7 @@ class ChatCompletion(_Answer):
             _one(ChatCompletionMessage), ChatCompletionMessage
         )
 
-    choices: list[Choice] = _built(_many(Choice), list)
+    choices: list[ChatCompletion.Choice] = _built(_many(Choice), list)
     object: str = "chat.completion"
 
     @classmethod
