@@ -1,18 +1,17 @@
 """Timing, the arithmetic on it, and what it ran on."""
 
+from __future__ import annotations
+
 import gc
 import os
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-
-Samples = Mapping[str, Sequence[float]]
-"""For each contender one value per round."""
 
 PACKAGES = (
     *("httpx", "httpcore", "h11", "httpx2", "httpcore2", "httpx-sse", "openai"),
@@ -27,7 +26,7 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Figure:
     """A measured number and its spread, the quartiles over the rounds."""
 
@@ -35,8 +34,47 @@ class Figure:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        """The median and the quartiles."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
     def __str__(self) -> str:
         return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
+
+
+class Samples(dict[str, list[float]]):
+    """For each contender one value per round."""
+
+    def figure(self, name: str) -> Figure:
+        """The median of a contender, and its quartiles."""
+        return Figure.of(self[name])
+
+    def ratio(self, over: str, under: str) -> Figure:
+        """The ratio of the medians, with the quartiles of the ratios of each round."""
+        rounds = Figure.of([a / b for a, b in self._rounds(over, under)])
+        value = self.figure(over).value / self.figure(under).value
+        return Figure(value, rounds.low, rounds.high)
+
+    def difference(self, name: str, base: str) -> Figure:
+        """The difference of the medians, with the quartiles of that of each round."""
+        rounds = Figure.of([a - b for a, b in self._rounds(name, base)])
+        value = self.figure(name).value - self.figure(base).value
+        return Figure(value, rounds.low, rounds.high)
+
+    def _rounds(self, a: str, b: str) -> Iterable[tuple[float, float]]:
+        return zip(self[a], self[b], strict=True)
+
+    def times(self, factor: float) -> Samples:
+        """The same in another unit."""
+        return Samples({k: [v * factor for v in values] for k, values in self.items()})
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Median and quartiles by contender, for the results file."""
+        return {name: asdict(self.figure(name)) for name in self}
 
 
 @dataclass
@@ -64,57 +102,16 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+    run: Callable[[str], float], names: Iterable[str], rounds: int, warm_up: int = 1
+) -> Samples:
     """Runs A B C A B C …, so that a slow minute of the machine meets all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(warm_up + rounds):
-        for name, run in runs.items():
-            value = run()
-            if number >= warm_up:
+    samples = Samples({name: [] for name in names})
+    for done in range(warm_up + rounds):
+        for name in samples:
+            value = run(name)
+            if done >= warm_up:
                 samples[name].append(value)
     return samples
-
-
-def spread(values: Sequence[float]) -> Figure:
-    """The median and the quartiles."""
-    if len(values) < 2:
-        return Figure(values[0], values[0], values[0])
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Figure(statistics.median(values), low, high)
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> Figure:
-    """The ratio of the medians, with the quartiles of the ratios of each round."""
-    rounds = spread([a / b for a, b in zip(over, under, strict=True)])
-    value = statistics.median(over) / statistics.median(under)
-    return Figure(value, rounds.low, rounds.high)
-
-
-def difference(values: Sequence[float], base: Sequence[float]) -> Figure:
-    """The difference of the medians, with the quartiles of that of each round."""
-    rounds = spread([a - b for a, b in zip(values, base, strict=True)])
-    value = statistics.median(values) - statistics.median(base)
-    return Figure(value, rounds.low, rounds.high)
-
-
-def smallest(figures: Iterable[Figure]) -> Figure:
-    """The figure with the smallest value: the worst of those that should be large."""
-    return min(figures, key=lambda figure: figure.value)
-
-
-def largest(figures: Iterable[Figure]) -> Figure:
-    """The figure with the largest value: the worst of those that should be small."""
-    return max(figures, key=lambda figure: figure.value)
-
-
-def medians(samples: Samples, factor: float = 1) -> dict[str, dict[str, float]]:
-    """Median and quartiles by contender, times `factor`, for the results file."""
-    return {
-        name: asdict(spread([value * factor for value in values]))
-        for name, values in samples.items()
-        if values
-    }
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -29,7 +29,7 @@ from reach import Row, judge, reach_table  # noqa: E402
 PARTS = {
     "decode": "decode.decode",
     "typed": "decode.typed",
-    "scaling": "decode.scaling",
+    "scaling": "scaling.scaling",
     "end_to_end": "network.end_to_end",
     "paced": "network.paced",
     "concurrency": "network.concurrency",

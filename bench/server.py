@@ -14,6 +14,8 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 
@@ -66,11 +68,12 @@ class Stats:
         self.now = 0
         self.peak = 0
 
-    def opened(self) -> None:
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a stream for as long as it is open."""
         self.now += 1
         self.peak = max(self.peak, self.now)
-
-    def closed(self) -> None:
+        yield
         self.now -= 1
 
     def report(self) -> bytes:
@@ -82,7 +85,7 @@ class Stats:
 
 
 class Connection(asyncio.Protocol):
-    """One connection: requests come in, one after another, answers go out."""
+    """One client's connection: requests come in one after another, answers go out."""
 
     transport: asyncio.Transport
 
@@ -90,12 +93,7 @@ class Connection(asyncio.Protocol):
         self.loop = loop
         self.stats = stats
         self.received = b""
-        self.chunks: tuple[bytes, ...] = ()
-        self.sent = 0
-        self.interval = 0.0
-        self.started = 0.0
-        self.paused = False
-        self.close_after = False
+        self.writable = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -103,10 +101,16 @@ class Connection(asyncio.Protocol):
         # Writing stops as soon as the kernel takes no more, so that no two events
         # are ever put together into one write.
         transport.set_write_buffer_limits(high=0)
+        self.writable.set()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.chunks:
-            self._finish()
+        self.writable.set()  # for an answer that is not out yet, to find this out
 
     def data_received(self, data: bytes) -> None:
         self.received += data
@@ -116,58 +120,32 @@ class Connection(asyncio.Protocol):
             self.received = b""
             self._answer(header.split(b" ", 2)[1].decode())
 
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        if not self.interval:
-            self._write_all()
-
     def _answer(self, path: str) -> None:
         if path == "/stats":
             self.transport.write(self.stats.report())
             return
         _, count, rate, *rest = path.split("/")
         ollama = path.endswith("/api/chat")
-        self.close_after = "close" in rest
-        self.chunks = http_chunks(int(count), ollama)
-        self.sent = 0
-        self.interval = 1 / float(rate) if float(rate) else 0.0
-        self.started = self.loop.time()
-        self.stats.opened()
+        close = "close" in rest
         kind = "application/x-ndjson" if ollama else "text/event-stream"
-        self.transport.write(head(kind, self.close_after))
-        if self.interval:
-            self._write_next()
-        else:
-            self._write_all()
+        self.transport.write(head(kind, close))
+        chunks = http_chunks(int(count), ollama)
+        self.answer = self.loop.create_task(self._stream(chunks, float(rate), close))
 
-    def _write_all(self) -> None:
-        transport, chunks = self.transport, self.chunks
-        while self.sent < len(chunks) and not self.paused:
-            transport.write(chunks[self.sent])
-            self.sent += 1
-            if transport.is_closing():  # The client is gone.
-                return
-        if chunks and self.sent == len(chunks):
-            self._finish()
-
-    def _write_next(self) -> None:
-        if not self.chunks:
-            return
-        self.transport.write(self.chunks[self.sent])
-        self.sent += 1
-        if self.sent == len(self.chunks):
-            self._finish()
-        else:
-            due = self.started + self.sent * self.interval
-            self.loop.call_at(due, self._write_next)
-
-    def _finish(self) -> None:
-        self.chunks = ()
-        self.stats.closed()
-        if self.close_after:
+    async def _stream(
+        self, chunks: tuple[bytes, ...], rate: float, close: bool
+    ) -> None:
+        with self.stats.counted():
+            started = self.loop.time()
+            for i, chunk in enumerate(chunks):
+                if rate:
+                    await asyncio.sleep(started + i / rate - self.loop.time())
+                elif not self.writable.is_set():
+                    await self.writable.wait()
+                if self.transport.is_closing():  # The client is gone.
+                    return
+                self.transport.write(chunk)
+        if close:
             self.transport.close()
 
 
