@@ -75,7 +75,9 @@ def install(environment: Path) -> None:
             new.rename(environment)
 
 
-def serve(port: int, slots: int, verbose: bool, with_parent: bool) -> None:
+def serve(
+    port: int, slots: int, chat_template: str, verbose: bool, with_parent: bool
+) -> None:
     """Load the model, print the base URL, stay until a signal raises SystemExit."""
     parent = os.getppid()
     # llama.cpp logs to stdout too, and it is C++: only the file descriptor stops it.
@@ -86,8 +88,7 @@ def serve(port: int, slots: int, verbose: bool, with_parent: bool) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = os.path.join(sysconfig.get_path("purelib"), MODEL_FILE)
         params.model_alias = {"smollm2"}
-        # The model's own template adds a system prompt, with which it misses Paris.
-        params.chat_template = "chatml"
+        params.chat_template = chat_template
         params.hostnames = ["127.0.0.1"]
         params.port = port
         params.n_parallel = slots
@@ -115,6 +116,8 @@ def main() -> None:
     add = parser.add_argument
     add("--port", type=int, default=0, help="default: a free one")
     add("--slots", type=int, default=4, help="answers at the same time, default 4")
+    # The model's own template adds a system prompt, with which it misses Paris.
+    add("--chat-template", default="chatml", help="a name, or a Jinja template")
     add("--verbose", action="store_true", help="llama.cpp's log on stderr")
     add("--with-parent", action="store_true", help="end when the calling process does")
     args = parser.parse_args()

@@ -31,31 +31,43 @@ HERE = Path(__file__).resolve().parent
 COLUMNS, ROWS = 80, 24
 PORT = 8080  # the one that llama.cpp's server has by default
 STEP_TIMEOUT = 120  # seconds; the answers take about one
+QUIET = 1  # seconds of silence after a prompt, before something is typed
+STORY = 230  # characters, then it is stopped
 
-# A model this small does not reason by itself: a grammar, one of llama.cpp's own
-# options, makes it say one sentence between the marks before it answers.
-GRAMMAR = r'root ::= "<think>" [^<.\n]+ ".</think>The answer" [^.\n]+ ".\n"'
+# A model this small does not reason by itself. Two examples before the conversation,
+# as templates of larger models also have them, show it how; then it says what it likes.
+TEMPLATE = """\
+<|im_start|>user
+How many legs has a spider?<|im_end|>
+<|im_start|>assistant
+<think>A spider is an arachnid, and all of them have eight legs.</think>\
+A spider has eight legs.<|im_end|>
+<|im_start|>user
+What colour is snow?<|im_end|>
+<|im_start|>assistant
+<think>Snow is frozen water, which scatters light of every colour.</think>\
+Snow is white.<|im_end|>
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
-SHELL, CHAT = r"\$ $", r">>> $"
-# What the end of the output must look like, and what is typed then.
-SCENE = [
-    (SHELL, "export OPENAI_BASE_URL={url}\n"),
-    (SHELL, 'python sse_chat.py --usage -o temperature=0 "Capital of France?"\n'),
-    (SHELL, 'echo "How many days are in a week?" | python sse_chat.py \\\n'),
-    (r"> $", '-o temperature=0 -o grammar="$(cat think.gbnf)" > answer.txt\n'),
-    (SHELL, "cat answer.txt\n"),
-    (SHELL, "python sse_chat.py -o temperature=0\n"),
-    (CHAT, "What is the capital of Japan?\n"),
-    (CHAT, "And of Spain?\n"),
-    (CHAT, "Tell me a story.\n"),
-    (r"story\.\r\n(?s:.{50,})", "\x03"),
-    (CHAT, "And of Egypt?\n"),
-    (CHAT, "/bye\n"),
-    (SHELL, ""),
-]
+ASK = "python sse_chat.py -o temperature=0"
+STOP = "\x03"  # Ctrl-C, typed while an answer comes; all else waits for a prompt
+SCENE = (
+    "export OPENAI_BASE_URL={url}\n",
+    f'echo "What do bees make?" | {ASK} | tr a-z A-Z\n',
+    f"{ASK}\n",
+    "What is the capital of Japan?\n",
+    "And of Spain?\n",
+    "Tell me a story.\n",
+    STOP,
+    "And of Egypt?\n",
+    "\x04",
+)
 
-# By SGR number: dim is the program's, green that of the prompt below.
-STYLES = {"2": "dim", "32": "green"}
+# By SGR number.
+STYLES = {"1": "bold", "2": "dim", "31": "red", "32": "green"}
 ESCAPE = re.compile(r"\x1b\[([0-?]*)[ -/]*([@-~])|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 9, 21, 15
@@ -67,7 +79,9 @@ width="{width}" height="{height}" role="img">
 <style>
 text {{ font: {size}px ui-monospace, SFMono-Regular, Menlo, Consolas,
   "DejaVu Sans Mono", monospace; fill: #e6edf3; white-space: pre }}
+.bold {{ font-weight: bold }}
 .dim {{ fill: #8d96a0 }}
+.red {{ fill: #ff7b72 }}
 .green {{ fill: #56d364 }}
 </style>
 <rect x="0.5" y="0.5" width="{inner_width}" height="{inner_height}" rx="10" \
@@ -100,27 +114,29 @@ def play(url: str, folder: Path) -> str:
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
     try:
         whole = ""
-        for wanted, typed in SCENE:
-            whole += read_until(wanted, terminal)
+        for typed in SCENE:
+            whole += read(terminal, STORY if typed == STOP else None)
             os.write(terminal, typed.format(url=url).encode())
-        return whole
+        return whole + read(terminal)
     finally:
         os.close(terminal)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
-def read_until(wanted: str, terminal: int) -> str:
-    """Read what the shell prints until it matches, colours aside."""
+def read(terminal: int, enough: int | None = None) -> str:
+    """Read what is printed until a prompt waits, or `enough` characters have come."""
     output, deadline = b"", time.monotonic() + STEP_TIMEOUT
-    while True:
+    while time.monotonic() < deadline:
         text = output.decode(errors="ignore")
-        if re.search(wanted, ESCAPE.sub("", text)):
+        plain = ESCAPE.sub("", text)
+        if enough and len(plain) > enough:
             return text
-        left = max(0, deadline - time.monotonic())
-        if not select.select([terminal], [], [], left)[0]:
-            sys.exit(f"terminal: no {wanted!r} came, but {text!r}")
-        output += os.read(terminal, 65536)
+        if select.select([terminal], [], [], QUIET)[0]:
+            output += os.read(terminal, 65536)
+        elif plain.endswith(" "):
+            return text
+    sys.exit(f"terminal: no prompt came, but {text!r}")
 
 
 def emulate(output: str) -> list[Line]:
@@ -183,7 +199,7 @@ def spans(line: Line) -> str:
 
 def main() -> None:
     command = [sys.executable, str(HERE / "local_server.py"), "--with-parent"]
-    command += ["--port", str(PORT)]
+    command += ["--port", str(PORT), "--chat-template", TEMPLATE]
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
@@ -194,7 +210,6 @@ def main() -> None:
             if not url:
                 sys.exit("terminal: the server did not start")
             shutil.copy(HERE.parent / "sse_chat.py", folder)
-            Path(folder, "think.gbnf").write_text(GRAMMAR)
             output = play(url, Path(folder))
         finally:
             server.terminate()
