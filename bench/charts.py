@@ -1,62 +1,47 @@
 """The pictures of a run as SVG, small and with text as text; the README shows them."""
 
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from measure import number
 
+Values: TypeAlias = Mapping[str, Mapping[str, float]]
 
-class Picture(NamedTuple):
-    """What a picture shows: where its values are in the results, and of whom."""
-
-    part: str
-    path: tuple[str, ...]
-    names: tuple[str, ...]
-    title: str
-    unit: str
-
-
-PICTURES = (
-    Picture(
-        "end_to_end",
+# By part: where the values are in its results, whose are shown, title, and unit.
+PICTURES = {
+    "end_to_end": (
         ("microseconds of client CPU per event",),
         ("sse_chat", "dicts", "recipe", "openai", "httpx", "http.client"),
         "Streaming over HTTP: processor time per event",
         "microseconds in the client; a local server sends as fast as it reads",
     ),
-    Picture(
-        "cold_start",
+    "cold_start": (
         ("milliseconds to the first chunk",),
         ("sse_chat", "dicts", "ollama", "openai", "litellm"),
         "A fresh process: from its start to the first token",
         "milliseconds; Python started, everything imported, connected, asked",
     ),
-    Picture(
-        "concurrency",
+    "concurrency": (
         ("microseconds of client CPU per event",),
         ("sse_chat async", "openai async", "httpx async"),
         "1,000 streams at once on one event loop: processor time per event",
         "microseconds in the client; 10 events a second in each stream",
     ),
-    Picture(
-        "typed",
-        ("chat, ASCII, one event", "microseconds per chunk"),
+    "typed": (
+        ("chat, ASCII, one event", "microseconds per event"),
         ("sse_chat", "recipe", "openai", "floor"),
         "Bytes to chunk objects, without HTTP: processor time per chunk",
         "microseconds; one event per read",
     ),
-    Picture(
-        "decode",
+    "decode": (
         ("chat, ASCII, 1,460 B", "microseconds per event"),
         ("sse_chat", "httpx-sse", "sseclient-py", "httpx2", "openai"),
         "Bytes to server-sent events, without HTTP: processor time per event",
         "microseconds; a chat stream read in pieces of 1,460 bytes",
     ),
-)
-
+}
 LABELS = {
     "dicts": "httpx-sse + json.loads (only dicts)",
     "recipe": "httpx-sse + openai's types",
@@ -95,30 +80,30 @@ much as sse_chat · pale: does less of the work · less is better</text>
 
 def draw(parts: Mapping[str, Any], folder: Path) -> None:
     """Draws what was measured."""
-    for picture in PICTURES:
-        if picture.part in parts:
-            text = svg(
-                picture, reduce(dict.__getitem__, picture.path, parts[picture.part])
-            )
-            (folder / f"{picture.part}.svg").write_text(text, encoding="utf-8")
+    for part, (path, names, title, unit) in PICTURES.items():
+        values = parts[part]
+        for key in path:
+            values = values[key]
+        shown = {name: values[name] for name in names if name in values}
+        picture = svg(title, unit, shown)
+        (folder / f"{part}.svg").write_text(picture, encoding="utf-8")
 
 
-def svg(picture: Picture, values: Mapping[str, Mapping[str, float]]) -> str:
+def svg(title: str, unit: str, shown: Values) -> str:
     """Horizontal bars from the top, medians with their quartiles, ours in colour."""
-    shown = {name: values[name] for name in picture.names if name in values}
     height = TOP + ROW * len(shown) + BOTTOM
     return SVG.format(
         width=WIDTH,
         height=height,
-        title=escape(picture.title),
-        unit=escape(picture.unit),
+        title=escape(title),
+        unit=escape(unit),
         rows="\n".join(_rows(shown)),
         whisker=_whisker(14, 38, height - 16),
         legend=height - 12,
     )
 
 
-def _rows(shown: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _rows(shown: Values) -> Iterator[str]:
     scale = BARS / max(value["high"] for value in shown.values())
     ours = next(iter(shown.values()))["value"]
     for row, (name, value) in enumerate(shown.items()):

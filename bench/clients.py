@@ -34,26 +34,29 @@ def text_of(items: list[Any]) -> str:
     if isinstance(items[0], bytes):
         lines = b"".join(items).split(b"\n")
         items = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
-    return "".join(map(_text_of_item, items))
-
-
-def _text_of_item(item: Any) -> str:
-    if isinstance(item, dict):
-        return item["choices"][0]["delta"].get("content") or ""
-    return item.choices[0].delta.content or ""
+    return "".join(
+        item["choices"][0]["delta"].get("content", "")
+        if isinstance(item, dict)
+        else item.choices[0].delta.content or ""
+        for item in items
+    )
 
 
 def taken(read: Callable[[], list[Any]]) -> dict[str, float]:
     """What reading took, in seconds and bytes, and what came."""
     start, cpu = time.perf_counter(), time.process_time()
     answers = read()
+    cpu = time.process_time() - cpu
+    wall = time.perf_counter() - start
     whole = [answer for answer in answers if not isinstance(answer, Exception)]
+    items, firsts, ends = zip(*whole, strict=True)
     return {
-        "cpu": time.process_time() - cpu,
-        "wall": time.perf_counter() - start,
-        "first": max((first for _, first in whole), default=start) - start,
-        "items": sum(items for items, _ in whole),
+        "cpu": cpu,
+        "wall": wall,
+        "first": max(firsts) - start,
+        "items": sum(items),
         "failed": len(answers) - len(whole),
+        "open at once": sum(first < min(ends) for first in firsts),
         "peak": peak_bytes(),
     }
 
@@ -68,7 +71,7 @@ def main(name: str, base_url: str, streams: int = 1) -> None:
 
     async def at_once(read: Callable[[Any], Any], count: int) -> list[Any]:
         answers = (read(stream) for _ in range(count))
-        return await asyncio.gather(*answers, return_exceptions=True)
+        return await asyncio.gather(*answers, return_exceptions=count > 1)
 
     def run(read: Callable[[Any], Any], count: int) -> list[Any]:
         if sync:

@@ -2,12 +2,13 @@
 
 A contender makes what it needs and gives the function that starts a stream. It imports
 only what it needs, so that its memory and its start are its own. They stand here in
-async; `processes.without_async` makes the sync twins from this very text. What there
+async; `programs.without_async` makes the sync twins from this very text. What there
 is in sync alone has no such words, and stays as it is.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
@@ -16,19 +17,20 @@ Stream: TypeAlias = Callable[[], AsyncIterator[Any]]
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 BODY: dict[str, Any] = {"model": "m", "messages": MESSAGES, "stream": True}
+CONTENT = json.dumps(BODY).encode()
 ROUTE = "/chat/completions"
 TIMEOUT = 600.0
 """Seconds; what sse_chat and openai take by default."""
 
 
-async def read(stream: Stream) -> tuple[int, float]:
-    """Reads an answer to its end and keeps nothing; how many items, when the first."""
+async def read(stream: Stream) -> tuple[int, float, float]:
+    """Reads an answer and keeps nothing: how many items, when the first, when all."""
     items, first = 0, 0.0
     async for _ in stream():
         if not items:
             first = time.perf_counter()
         items += 1
-    return items, first
+    return items, first, time.perf_counter()
 
 
 async def collect(stream: Stream) -> list[Any]:
@@ -121,15 +123,13 @@ async def _raw(client: Any, url: str) -> AsyncIterator[Any]:
 
 def http_client(url: str) -> Any:
     import http.client
-    import json
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=TIMEOUT)
-    body = json.dumps(BODY)
 
     def stream() -> Any:
-        connection.request("POST", parts.path + ROUTE, body)
+        connection.request("POST", parts.path + ROUTE, CONTENT)
         response = connection.getresponse()
         while line := response.readline():
             if line != b"\n":
@@ -146,7 +146,7 @@ def ollama(url: str) -> Any:
 
 
 def litellm(url: str) -> Any:
-    from litellm import completion
+    from litellm import completion  # type: ignore[import-not-found]
 
     options = {"model": "openai/m", "api_base": url, "api_key": "none"}
     return lambda: completion(messages=MESSAGES, stream=True, **options)
@@ -155,23 +155,15 @@ def litellm(url: str) -> Any:
 # The layers under sse_chat, one more at each step, for the split of where time goes.
 
 
-def _connect(url: str) -> Any:
-    """A socket, and the request that it takes."""
-    import json
+def layer_socket(url: str) -> Any:
     import socket
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
-    body = json.dumps(BODY)
-    request = (
-        f"POST {parts.path}{ROUTE} HTTP/1.1\r\nHost: localhost\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n{body}"
-    )
-    return socket.create_connection((parts.hostname, parts.port)), request.encode()
-
-
-def layer_socket(url: str) -> Any:
-    connection, request = _connect(url)
+    connection = socket.create_connection((parts.hostname, parts.port))
+    head = f"POST {parts.path}{ROUTE} HTTP/1.1\r\nHost: localhost\r\n"
+    length = f"Content-Length: {len(CONTENT)}\r\n\r\n"
+    request = (head + length).encode() + CONTENT
 
     def stream() -> Any:
         connection.sendall(request)
@@ -186,35 +178,30 @@ def layer_socket(url: str) -> Any:
 def layer_h11(url: str) -> Any:
     import h11
 
-    connection, request = _connect(url)
+    received: Any = layer_socket(url)
 
     def stream() -> Any:
-        connection.sendall(request)
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method="POST", target="/", headers=[("Host", "h")]))
         parser.send(h11.EndOfMessage())
-        while True:
-            event = parser.next_event()
-            if event is h11.NEED_DATA:
-                parser.receive_data(connection.recv(65_536))
-            elif isinstance(event, h11.Data):
-                yield bytes(event.data)
-            elif isinstance(event, h11.EndOfMessage):
-                break
+        for data in received():
+            parser.receive_data(data)
+            while (event := parser.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.Data):
+                    yield bytes(event.data)
+                elif isinstance(event, h11.EndOfMessage):
+                    return
 
     return stream
 
 
 def layer_httpcore(url: str) -> Any:
-    import json
-
     import httpcore
 
     pool = httpcore.ConnectionPool()
-    body = json.dumps(BODY).encode()
 
     def stream() -> Any:
-        with pool.stream("POST", url + ROUTE, content=body) as response:
+        with pool.stream("POST", url + ROUTE, content=CONTENT) as response:
             yield from response.iter_stream()
 
     return stream
@@ -228,8 +215,6 @@ def layer_sse(url: str) -> Any:
 
 
 def layer_json(url: str) -> Any:
-    import json
-
     events: Any = layer_sse(url)
     decode = json.JSONDecoder().raw_decode
 

@@ -1,4 +1,4 @@
-"""Parts 1 and 2: bytes already in memory to events, and to chunks.
+"""Bytes already in memory to events, and to chunks.
 
 Each contender is a function from the pieces to an iterator. All run in one process,
 in turns; what is measured is processor time.
@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import httpx
@@ -28,6 +29,7 @@ from workloads import (
     LARGE_CUTS,
     TCP_CUTS,
     TINY_CUTS,
+    Event,
     Workload,
     decode_workloads,
     typed_workloads,
@@ -38,6 +40,9 @@ import sse_chat
 Pieces: TypeAlias = Sequence[bytes]
 Contender: TypeAlias = Callable[[Iterable[bytes]], Iterator[Any]]
 Contenders: TypeAlias = Mapping[str, Contender]
+Floors: TypeAlias = dict[str, Callable[[], object]]
+Same: TypeAlias = Callable[[Any, Event], bool]
+Timed: TypeAlias = tuple[Samples, dict[str, str]]
 
 CHECK_SECONDS = 3.0
 """A contender that takes longer over one workload is not timed on it."""
@@ -97,7 +102,7 @@ DECODERS: Contenders = {
 }
 
 
-def is_event(event: Any, sent: Any) -> bool:
+def is_event(event: Any, sent: Event) -> bool:
     """Whether it is the event that was sent; some write None for what was not."""
     return (event.event or "message", event.data, event.id or "") == sent
 
@@ -109,9 +114,8 @@ OPENAI = OpenAI(api_key="none", base_url="http://127.0.0.1:9/v1")
 
 
 def typed_openai(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return iter(
-        Stream(cast_to=ChatCompletionChunk, response=prepared2(pieces), client=OPENAI)
-    )
+    response = prepared2(pieces)
+    return iter(Stream(cast_to=ChatCompletionChunk, response=response, client=OPENAI))
 
 
 def typed_recipe(pieces: Iterable[bytes]) -> Iterator[Any]:
@@ -121,13 +125,6 @@ def typed_recipe(pieces: Iterable[bytes]) -> Iterator[Any]:
         yield ChatCompletionChunk(**json.loads(event.data))
 
 
-def typed_floor(pieces: Iterable[bytes]) -> Iterator[Any]:
-    for piece in pieces:
-        for block in piece.split(b"\n\n"):
-            if block and block != b"data: [DONE]":
-                yield json.loads(block[6:].decode())
-
-
 READERS: Contenders = {
     "sse_chat": lambda pieces: sse_chat.iter_chunks(pieces),
     "openai": typed_openai,
@@ -135,45 +132,58 @@ READERS: Contenders = {
 }
 
 
-def says(found: Any, sent: Any) -> bool:
-    """Whether objects have all that was sent as their attributes."""
+def is_chunk(chunk: Any, sent: Event) -> bool:
+    """Whether the chunk says all that the event's JSON does."""
+    return _says(chunk, json.loads(sent[1]))
+
+
+def _says(found: Any, sent: Any) -> bool:
     if isinstance(sent, dict):
-        return all(says(getattr(found, name), value) for name, value in sent.items())
+        return all(_says(getattr(found, name), value) for name, value in sent.items())
     if isinstance(sent, list):
-        return len(found) == len(sent) and all(map(says, found, sent))
+        return len(found) == len(sent) and all(map(_says, found, sent))
     return bool(found == sent)
+
+
+# What it costs to do less: by name, made for a workload.
+
+
+def decode_floors(workload: Workload) -> Floors:
+    body = workload.body
+    payloads = [data for _, data, _ in workload.events if data.startswith("{")]
+    return {
+        "split": lambda: body.split(b"\n\n"),
+        "json.loads": lambda: exhaust(map(json.loads, payloads)),
+    }
+
+
+def typed_floors(workload: Workload) -> Floors:
+    def dicts() -> Iterator[Any]:
+        for piece in workload.blocks:
+            for block in piece.split(b"\n\n"):
+                if block and block != b"data: [DONE]":
+                    yield json.loads(block[6:].decode())
+
+    return {"floor": lambda: exhaust(dicts())}
 
 
 # Checking and timing.
 
 
-class TooSlow(Exception):
-    """A contender did not get through a workload within CHECK_SECONDS."""
-
-
-class WrongAnswer(Exception):
-    """A contender read something else than what was sent."""
-
-
 def _until(deadline: float, pieces: Pieces) -> Iterator[bytes]:
     for piece in pieces:
         if time.monotonic() > deadline:
-            raise TooSlow
+            raise TimeoutError
         yield piece
 
 
-def verdict(
-    contender: Contender,
-    same: Callable[[Any, Any], bool],
-    pieces: Pieces,
-    sent: Sequence[object],
-) -> str:
+def verdict(contender: Contender, same: Same, pieces: Pieces, sent: list[Any]) -> str:
     """ "" if the contender reads what was sent, else why it is not timed."""
     deadline = time.monotonic() + CHECK_SECONDS
     try:
         found = list(contender(_until(deadline, pieces)))
         right = len(found) == len(sent) and all(map(same, found, sent))
-    except TooSlow:
+    except TimeoutError:
         return f"> {CHECK_SECONDS:g} s"
     except Exception as error:
         return type(error).__name__
@@ -185,39 +195,58 @@ def exhaust(items: Iterable[object]) -> None:
     deque(items, maxlen=0)
 
 
-def time_contenders(
-    contenders: Contenders,
-    floors: Mapping[str, Callable[[], object]],
-    same: Callable[[Any, Any], bool],
-    pieces: Pieces,
-    sent: Sequence[object],
-    rounds: int,
-) -> tuple[Samples, dict[str, str]]:
-    """Seconds by contender and round, and why the others were not timed.
+@dataclass(frozen=True)
+class Race:
+    """Contenders, whether an item is the event that was sent, and floors."""
 
-    Ours is the one that has to be right.
-    """
-    verdicts = {
-        name: verdict(contender, same, pieces, sent)
-        for name, contender in contenders.items()
-    }
-    if verdicts["sse_chat"]:
-        raise WrongAnswer(f"sse_chat: {verdicts['sse_chat']}")
+    contenders: Contenders
+    same: Same
+    floors: Callable[[Workload], Floors]
+    rounds: int
 
-    def run(name: str) -> float:
-        if name in floors:
-            return cpu_seconds(floors[name])
-        return cpu_seconds(lambda: exhaust(contenders[name](pieces)))
+    def time(self, workload: Workload, cut: int) -> Timed:
+        """Seconds by contender and round, and why the others were not timed."""
+        pieces, sent = workload.pieces(cut), workload.events
+        verdicts = {
+            name: verdict(contender, self.same, pieces, sent)
+            for name, contender in self.contenders.items()
+        }
+        if verdicts["sse_chat"]:
+            raise RuntimeError(f"sse_chat, {workload.name}: {verdicts['sse_chat']}")
+        floors = self.floors(workload)
 
-    right = [name for name, why in verdicts.items() if not why]
-    samples = interleave(run, [*right, *floors], rounds)
-    return samples, {name: why for name, why in verdicts.items() if why}
+        def run(name: str) -> float:
+            if name in floors:
+                return cpu_seconds(floors[name])
+            return cpu_seconds(lambda: exhaust(self.contenders[name](pieces)))
+
+        right = [name for name, why in verdicts.items() if not why]
+        samples = interleave(run, [*right, *floors], self.rounds)
+        return samples, {name: why for name, why in verdicts.items() if why}
+
+    def run(
+        self, part: Part, title: str, workloads: list[Workload], cuts: Sequence[int]
+    ) -> dict[tuple[str, int], Samples]:
+        """Adds every workload in every cut to the part; gives what was found."""
+        others = [*list(self.contenders)[1:], *self.floors(workloads[0])]
+        found, rows = {}, []
+        for workload in workloads:
+            for cut in cuts:
+                samples, verdicts = self.time(workload, cut)
+                found[workload.name, cut] = samples
+                key = f"{workload.name}, {CUT_NAMES[cut]}"
+                per_event = samples.times(1e6 / len(workload.events)).summary()
+                part.data[key] = {
+                    "microseconds per event": per_event,
+                    "not timed": verdicts,
+                }
+                rows.append([key, *_cells(samples, verdicts, others)])
+        part.tables.append(table(title, ["", "sse_chat", *others], rows))
+        return found
 
 
-def cells(
-    samples: Samples, verdicts: dict[str, str], names: Iterable[str]
-) -> list[str]:
-    """For a table: our time in ms, of each other the time over ours."""
+def _cells(samples: Samples, verdicts: dict[str, str], names: list[str]) -> list[str]:
+    """Our time in ms, and of each other how many times ours it takes."""
     ours = samples.figure("sse_chat").value
     others = [
         verdicts.get(name) or f"{samples.ratio(name, 'sse_chat').value:.2f} ×"
@@ -232,100 +261,51 @@ def cells(
 def decode(quick: bool) -> Part:
     """Bytes to events, every workload in every cut."""
     part = Part()
-    sizes = {
-        LARGE_CUTS: (20_000, 5_000, 16_000_000),
-        TINY_CUTS: (200, 200, 50_000),
-    }
+    sizes = {LARGE_CUTS: (20_000, 5_000, 16_000_000), TINY_CUTS: (200, 200, 50_000)}
     if quick:
         sizes = {LARGE_CUTS: (50, 50, 100_000), TINY_CUTS: (20, 20, 5_000)}
-    others = (*list(DECODERS)[1:], "split", "json.loads")
-    ratios: dict[tuple[str, int, str], Figure] = {}
+    race = Race(DECODERS, is_event, decode_floors, 1 if quick else 9)
+    found: dict[tuple[str, int], Samples] = {}
     for cuts, (chats, other, large) in sizes.items():
-        rows = []
-        for workload in decode_workloads(chats, other, large):
-            for cut in cuts:
-                samples, verdicts = time_decode(workload, cut, 1 if quick else 9)
-                key = f"{workload.name}, {CUT_NAMES[cut]}"
-                rows.append([key, *cells(samples, verdicts, others)])
-                per_event = samples.times(1e6 / len(workload.events))
-                part.data[key] = {
-                    "microseconds per event": per_event.summary(),
-                    "not timed": verdicts,
-                }
-                for peer in samples.keys() & DECODERS.keys():
-                    ratios[workload.name, cut, peer] = samples.ratio(peer, "sse_chat")
         size = f"{chats:,} chat chunks, {other:,} other events, {large:,} bytes in one"
         title = f"decode: our time, and the others' over ours ({size})"
-        part.tables.append(table(title, ["", "sse_chat", *others], rows))
-    part.figures = decode_figures(ratios)
-    return part
+        workloads = decode_workloads(chats, other, large)
+        found |= race.run(part, title, workloads, cuts)
 
-
-def time_decode(
-    workload: Workload, cut: int, rounds: int
-) -> tuple[Samples, dict[str, str]]:
-    """One workload in one cut: the contenders, and what splitting and JSON cost."""
-    body = workload.body
-    payloads = [data for _, data, _ in workload.events if data.startswith("{")]
-    floors: dict[str, Callable[[], object]] = {
-        "split": lambda: body.split(b"\n\n"),
-        "json.loads": lambda: exhaust(map(json.loads, payloads)),
-    }
-    pieces, events = workload.pieces(cut), workload.events
-    return time_contenders(DECODERS, floors, is_event, pieces, events, rounds)
-
-
-def decode_figures(ratios: dict[tuple[str, int, str], Figure]) -> dict[str, Figure]:
-    """The worst ratio of each group that a row asks about."""
-
-    def group(peer: str, cuts: Sequence[int], only: Sequence[str] = ()) -> list[Figure]:
+    def over(peer: str, cuts: Sequence[int], names: Sequence[str]) -> list[Figure]:
         return [
-            figure
-            for (workload, cut, name), figure in ratios.items()
-            if name == peer and cut in cuts and (not only or workload in only)
+            samples.ratio(peer, "sse_chat")
+            for (name, cut), samples in found.items()
+            if peer in samples and cut in cuts and name in names
         ]
 
-    every = group("httpx-sse", TCP_CUTS)
+    names = [name for name, _ in found]
+    every = over("httpx-sse", TCP_CUTS, names)
     mean = math.exp(sum(math.log(figure.value) for figure in every) / len(every))
-    return {
-        "decode chat / httpx-sse": min(group("httpx-sse", TCP_CUTS, CHAT_WORKLOADS)),
-        "decode chat / openai": min(group("openai", TCP_CUTS, CHAT_WORKLOADS)),
+    part.figures = {
+        "decode chat / httpx-sse": min(over("httpx-sse", TCP_CUTS, CHAT_WORKLOADS)),
+        "decode chat / openai": min(over("openai", TCP_CUTS, CHAT_WORKLOADS)),
         "decode all / httpx-sse": min(every),
         "decode mean / httpx-sse": Figure(mean, min(every).value, max(every).value),
-        "decode tiny / httpx-sse": min(group("httpx-sse", TINY_CUTS)),
+        "decode tiny / httpx-sse": min(over("httpx-sse", TINY_CUTS, names)),
     }
+    return part
 
 
 def typed(quick: bool) -> Part:
     """Bytes to chunk objects."""
     part = Part()
     count, rounds = (50, 1) if quick else (1_000, 21)
-    others = ("openai", "recipe", "floor")
-    found: dict[str, Samples] = {}
-    rows = []
-    for workload in typed_workloads(count):
-        sent = [json.loads(data) for _, data, _ in workload.events]
-        blocks = workload.blocks
-        floors = {"floor": lambda blocks=blocks: exhaust(typed_floor(blocks))}
-        for cut in (TCP_CUTS[0], BLOCK):
-            pieces = workload.pieces(cut)
-            samples, verdicts = time_contenders(
-                READERS, floors, says, pieces, sent, rounds
-            )
-            found[workload.name] = samples  # in the end those of BLOCK
-            key = f"{workload.name}, {CUT_NAMES[cut]}"
-            rows.append([key, *cells(samples, verdicts, others)])
-            per_chunk = samples.times(1e6 / len(sent))
-            part.data[key] = {"microseconds per chunk": per_chunk.summary()}
     title = f"typed: our time for {count:,} chunks, and the others' over ours"
-    part.tables.append(table(title, ["", "sse_chat", *others], rows))
-    chats = [found[name] for name in CHAT_WORKLOADS]
-    tools = found["tool calls"]
+    workloads, cuts = typed_workloads(count), (BLOCK, TCP_CUTS[0])
+    race = Race(READERS, is_chunk, typed_floors, rounds)
+    found = race.run(part, title, workloads, cuts)
+    *chats, tools = (found[workload.name, BLOCK] for workload in workloads)
     part.figures = {
         "typed chat / openai": min(chat.ratio("openai", "sse_chat") for chat in chats),
         "typed tools / openai": tools.ratio("openai", "sse_chat"),
         "typed / recipe": min(
-            samples.ratio("recipe", "sse_chat") for samples in found.values()
+            one.ratio("recipe", "sse_chat") for one in (*chats, tools)
         ),
         "typed chat / floor": max(chat.ratio("sse_chat", "floor") for chat in chats),
         "typed tools / floor": tools.ratio("sse_chat", "floor"),

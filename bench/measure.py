@@ -5,13 +5,18 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from operator import sub, truediv
 from pathlib import Path
+
+Columns = Mapping[str, Mapping[str, object]]
+"""For a table: by heading, what stands there for each contender."""
 
 PACKAGES = (
     *("httpx", "httpcore", "h11", "httpx2", "httpcore2", "httpx-sse", "openai"),
@@ -55,22 +60,35 @@ class Samples(dict[str, list[float]]):
 
     def ratio(self, over: str, under: str) -> Figure:
         """The ratio of the medians, with the quartiles of the ratios of each round."""
-        rounds = Figure.of([a / b for a, b in self._rounds(over, under)])
-        value = self.figure(over).value / self.figure(under).value
-        return Figure(value, rounds.low, rounds.high)
+        return self._compared(truediv, over, under)
+
+    def both(self, over: str, under: str) -> list[Figure]:
+        """The ratio of the sync ones, and that of the async ones."""
+        return [self.ratio(over + kind, under + kind) for kind in ("", " async")]
 
     def difference(self, name: str, base: str) -> Figure:
         """The difference of the medians, with the quartiles of that of each round."""
-        rounds = Figure.of([a - b for a, b in self._rounds(name, base)])
-        value = self.figure(name).value - self.figure(base).value
-        return Figure(value, rounds.low, rounds.high)
+        return self._compared(sub, name, base)
 
-    def _rounds(self, a: str, b: str) -> Iterable[tuple[float, float]]:
-        return zip(self[a], self[b], strict=True)
+    def _compared(
+        self, compare: Callable[[float, float], float], a: str, b: str
+    ) -> Figure:
+        rounds = [compare(x, y) for x, y in zip(self[a], self[b], strict=True)]
+        value = compare(self.figure(a).value, self.figure(b).value)
+        return replace(Figure.of(rounds), value=value)
 
     def times(self, factor: float) -> Samples:
         """The same in another unit."""
         return Samples({k: [v * factor for v in values] for k, values in self.items()})
+
+    def table(self, title: str, unit: str, columns: Columns | None = None) -> str:
+        """A table with a row for each contender, and more columns by contender."""
+        more = columns or {}
+        rows = [
+            [name, self.figure(name), *(c.get(name, "") for c in more.values())]
+            for name in self
+        ]
+        return table(title, ["", unit, *more], rows)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Median and quartiles by contender, for the results file."""
@@ -81,8 +99,7 @@ class Samples(dict[str, list[float]]):
 class Part:
     """What one part of the suite found.
 
-    `tables` are for people, `data` goes into the results, and `figures` are the
-    numbers, by name, that the rows of `reach.py` look at.
+    `data` goes into the results; the rows of `reach.py` look at `figures`, by name.
     """
 
     tables: list[str] = field(default_factory=list)
@@ -114,19 +131,17 @@ def interleave(
     return samples
 
 
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in plain text, the first column to the left, the others to the right."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join(["", title, "", text[0], rule, *text[1:]])
+    lines = [list(map(_cell, row)) for row in (head, *rows)]
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in (first, *others)])
+    layout = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    return "\n".join(["", title, "", *(layout.format(*line) for line in lines)])
+
+
+def _cell(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def freeze_imports() -> None:
@@ -151,22 +166,13 @@ def machine() -> dict[str, object]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """The installed version of every package that takes part."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    """The version of every installed package that takes part."""
+    return {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
 
 
 def allow_many_sockets() -> None:

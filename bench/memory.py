@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from measure import Figure, Part, Samples, interleave, table
+from measure import Figure, Part, Samples, interleave
 from peak import peak_bytes
 from processes import BENCH, output, server
 from programs import program, python
-from workloads import ASCII_WORDS, DONE, chunk_json
+from workloads import ASCII_WORDS, DONE, LAYOUT, chunk_json
 
 EVENTS = 2_000
 LARGE_EVENT = 16_000_000
@@ -43,12 +43,10 @@ def large_event(size: int) -> Iterator[bytes]:
 
 def long_stream(count: int) -> Iterator[bytes]:
     """`count` chunks, one at a time, and the end of the answer."""
-    words = [
-        f"data: {chunk_json({'content': word})}\n\n".encode() for word in ASCII_WORDS
-    ]
+    words = [LAYOUT.format(chunk_json({"content": w})).encode() for w in ASCII_WORDS]
     for i in range(count):
         yield words[i % len(words)]
-    yield f"data: {chunk_json({}, 'stop')}\n\n".encode() + DONE
+    yield LAYOUT.format(chunk_json({}, "stop")).encode() + DONE
 
 
 KINDS = {"large": large_event, "long": long_stream}
@@ -106,7 +104,8 @@ def memory(quick: bool) -> Part:
         }
     )
     # Chunks leave their text behind, and Python may take 4 bytes for a character.
-    kept = {"sse_chat": 0.0, "sse_chat chunks": 4 * characters(long - SHORT) / 1e6}
+    text = 4 * (long - SHORT) * len("".join(ASCII_WORDS)) / len(ASCII_WORDS)
+    kept = {"sse_chat": 0.0, "sse_chat chunks": text / 1e6}
 
     def longer(reader: str) -> Figure:
         more, less = (streams[f"{reader}, {count:,}"] for count in (long, SHORT))
@@ -115,9 +114,9 @@ def memory(quick: bool) -> Part:
 
     return Part(
         [
-            _table(f"memory: process that streamed {events:,} events", peaks),
-            _table(f"memory: growth over one event of {large:,} bytes", one_event),
-            _table("memory: growth over a stream of so many events", streams),
+            peaks.table(f"memory: process that streamed {events:,} events", "MB"),
+            one_event.table(f"memory: growth over one event of {large:,} bytes", "MB"),
+            streams.table("memory: growth over a stream of so many events", "MB"),
         ],
         {
             "peak MB of the process": peaks.summary(),
@@ -125,26 +124,13 @@ def memory(quick: bool) -> Part:
             "growth in MB over a stream": streams.summary(),
         },
         {
-            "memory / openai": max(
-                peaks.ratio(name, name.replace("sse_chat", "openai"))
-                for name in ("sse_chat", "sse_chat async")
-            ),
+            "memory / openai": max(peaks.both("sse_chat", "openai")),
             "memory of one event": Figure.of(
                 [grew * 1e6 / large for grew in one_event["sse_chat"]]
             ),
             "memory of a long stream": max(map(longer, kept)),
         },
     )
-
-
-def characters(count: int) -> int:
-    """How long the text of `count` chunks of a long stream is, about."""
-    return count * len("".join(ASCII_WORDS)) // len(ASCII_WORDS)
-
-
-def _table(title: str, samples: Samples) -> str:
-    rows = [[name, str(samples.figure(name))] for name in samples]
-    return table(title, ["", "MB"], rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Parts 3 and 4: end to end over loopback, one stream and a thousand at once.
+"""End to end over loopback, one stream and a thousand at once.
 
 The server and every client have a process of their own. What is measured is the
 processor time of the client's process, per event that the server sent.
 """
 
 import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from measure import Figure, Part, Samples, interleave, table
-from processes import Client, clients, peak_streams, server
+from measure import Columns, Figure, Part, Samples, interleave
+from processes import Client, clients, server
 from workloads import ASCII_WORDS
 
 OURS = ("sse_chat", "sse_chat async")
@@ -20,10 +21,6 @@ TOKENS_A_SECOND = 50
 SLOW_TOKENS_A_SECOND = 10
 
 
-class Broken(Exception):
-    """A client did not give what the server sent."""
-
-
 def check(contenders: dict[str, Client], events: int) -> None:
     """Compares each contender's text with that of the server's answer."""
     # The last two events are the finish and [DONE].
@@ -32,17 +29,7 @@ def check(contenders: dict[str, Client], events: int) -> None:
         client.ask("check")
     for name, client in contenders.items():
         if client.answer()["text"] != sent:
-            raise Broken(f"{name} lost or changed text")
-
-
-def over_ours(samples: Samples, name: str) -> list[Figure]:
-    """The ratios, sync and async, of a contender to us."""
-    return [samples.ratio(ours.replace("sse_chat", name), ours) for ours in OURS]
-
-
-def ours_over(samples: Samples, name: str) -> list[Figure]:
-    """The ratios, sync and async, of us to a contender."""
-    return [samples.ratio(ours, ours.replace("sse_chat", name)) for ours in OURS]
+            raise RuntimeError(f"{name} lost or changed text")
 
 
 def end_to_end(quick: bool) -> Part:
@@ -58,17 +45,19 @@ def end_to_end(quick: bool) -> Part:
     with server() as address, clients(ALL, f"{address}/{events}/0/v1") as contenders:
         check(contenders, events)
         samples = interleave(run, ALL, 1 if quick else 15)
+    begun = {name: f"{first.figure(name).value:.2f}" for name in ALL}
+    title = f"end to end: {events:,} events a stream, flat out"
     return Part(
-        [_table(f"end to end: {events:,} events a stream, flat out", samples, first)],
+        [_table(title, samples, {"first chunk ms": begun})],
         {
             "microseconds of client CPU per event": samples.summary(),
             "milliseconds to the first chunk on an open connection": first.summary(),
         },
         {
-            "end to end / openai": min(over_ours(samples, "openai")),
-            "end to end / recipe": min(over_ours(samples, "recipe")),
-            "end to end / dicts": min(over_ours(samples, "dicts")),
-            "end to end / httpx": max(ours_over(samples, "httpx")),
+            "end to end / openai": min(samples.both("openai", "sse_chat")),
+            "end to end / recipe": min(samples.both("recipe", "sse_chat")),
+            "end to end / dicts": min(samples.both("dicts", "sse_chat")),
+            "end to end / httpx": max(samples.both("sse_chat", "httpx")),
         },
     )
 
@@ -79,13 +68,12 @@ def per_event(done: dict[str, Any], events: int) -> float:
     return cpu / events * 1e6
 
 
-def _table(title: str, samples: Samples, first: Samples) -> str:
-    rows = []
-    for name in samples:
-        over = samples.ratio(name, OURS["async" in name]).value
-        begun = first.figure(name).value
-        rows.append([name, str(samples.figure(name)), f"{over:.2f} ×", f"{begun:.2f}"])
-    return table(title, ["", "CPU µs/event", "over ours", "first chunk ms"], rows)
+def _table(title: str, samples: Samples, columns: Columns) -> str:
+    over = {
+        name: f"{samples.ratio(name, OURS['async' in name]).value:.2f} ×"
+        for name in samples
+    }
+    return samples.table(title, "CPU µs/event", {"over ours": over, **columns})
 
 
 def paced(quick: bool) -> Part:
@@ -97,7 +85,6 @@ def paced(quick: bool) -> Part:
     events = 10 if quick else 5 * TOKENS_A_SECOND
     names = (*OURS, "httpx", "httpx async") if quick else ALL
     samples = Samples({name: [] for name in names})
-    first = Samples({name: [] for name in names})
     with server() as address:
         base_url = f"{address}/{events}/{TOKENS_A_SECOND}/v1"
         with clients(names, base_url) as contenders:
@@ -106,14 +93,12 @@ def paced(quick: bool) -> Part:
                 for client in contenders.values():
                     client.ask("run")
                 for name, client in contenders.items():
-                    done = client.answer()
-                    samples[name].append(per_event(done, events))
-                    first[name].append(done["first"] * 1e3)
+                    samples[name].append(per_event(client.answer(), events))
     title = f"end to end: {events:,} events a stream, {TOKENS_A_SECOND} a second"
     return Part(
-        [_table(title, samples, first)],
+        [_table(title, samples, {})],
         {"microseconds of client CPU per event": samples.summary()},
-        {"paced / httpx": max(ours_over(samples, "httpx"))},
+        {"paced / httpx": max(samples.both("sse_chat", "httpx"))},
     )
 
 
@@ -127,8 +112,11 @@ def concurrency(quick: bool) -> Part:
 
     def run(name: str) -> float:
         done = contenders[name].run()
-        runs[name].append({**done, "open at once": peak_streams(address)})
+        runs[name].append(done)
         return per_event(done, streams * events)
+
+    def worst(pick: Callable[[Iterable[float]], float], key: str) -> dict[str, float]:
+        return {name: pick(done[key] for done in found) for name, found in runs.items()}
 
     with server() as address:
         base_url = f"{address}/{events}/{SLOW_TOKENS_A_SECOND}/v1"
@@ -136,11 +124,21 @@ def concurrency(quick: bool) -> Part:
             check(contenders, events)
             samples = interleave(run, names, 1 if quick else 3, warm_up=0)
             run(default)
-    failed = {name: max(r["failed"] for r in found) for name, found in runs.items()}
-    whole = min(run["items"] for run in runs[ours]) / (streams * (events - 1))
-    at_once = min(run["open at once"] for run in runs[ours]) / streams
+    failed, at_once = worst(max, "failed"), worst(min, "open at once")
+    columns = {
+        "failed": failed,
+        "open at once": at_once,
+        "all begun s": worst(max, "first"),
+        "peak MB": {name: peak // 10**6 for name, peak in worst(max, "peak").items()},
+    }
+    whole = worst(min, "items")[ours] / (streams * (events - 1))
+    rate = f"{events} events each, {SLOW_TOKENS_A_SECOND} a second"
+    title = f"concurrency: {streams:,} streams at once, {rate}"
     return Part(
-        [_concurrency_table(streams, events, samples, runs)],
+        [
+            samples.table(title, "CPU µs/event", columns),
+            f"\n{default}: {failed[default]} of {streams:,} streams failed",
+        ],
         {
             "streams": streams,
             "events per stream": events,
@@ -149,32 +147,11 @@ def concurrency(quick: bool) -> Part:
         },
         {
             "concurrency whole": Figure.of([whole]),
-            "concurrency at once": Figure.of([at_once]),
+            "concurrency at once": Figure.of([at_once[ours] / streams]),
             "concurrency / httpx": samples.ratio(ours, httpx),
             "concurrency / openai": samples.ratio(ours, openai),
         },
     )
-
-
-def _concurrency_table(
-    streams: int, events: int, samples: Samples, runs: dict[str, list[dict[str, Any]]]
-) -> str:
-    rows = []
-    for name, found in runs.items():
-        whole = not any(run["failed"] for run in found)
-        rows.append(
-            [
-                name,
-                str(samples.figure(name)) if name in samples else "",
-                str(max(run["failed"] for run in found)),
-                str(min(run["open at once"] for run in found)),
-                f"{max(run['first'] for run in found):.2f}" if whole else "",
-                f"{max(run['peak'] for run in found) / 1e6:.0f}",
-            ]
-        )
-    head = ["", "CPU µs/event", "failed", "open at once", "all begun s", "peak MB"]
-    rate = f"{events} events each, {SLOW_TOKENS_A_SECOND} a second"
-    return table(f"concurrency: {streams:,} streams at once, {rate}", head, rows)
 
 
 def split(quick: bool) -> Part:
@@ -190,21 +167,13 @@ def split(quick: bool) -> Part:
 
     with server() as address, clients(LAYERS, f"{address}/{events}/0/v1") as contenders:
         samples = interleave(run, LAYERS, 1 if quick else 15)
-    whole = samples.figure(LAYERS[-1]).value
-    shares = {LAYERS[0]: samples.figure(LAYERS[0])}
+    layers = {LAYERS[0]: samples.figure(LAYERS[0])}
     for below, name in itertools.pairwise(LAYERS):
-        shares[name] = samples.difference(name, below)
-    rows = [
-        [
-            name,
-            f"{samples.figure(name).value:.2f}",
-            str(share),
-            f"{share.value / whole:.0%}",
-        ]
-        for name, share in shares.items()
-    ]
-    head = ["up to", "CPU µs/event", "of it this layer", "share"]
+        layers[name] = samples.difference(name, below)
+    whole = samples.figure(LAYERS[-1]).value
+    shares = {name: f"{layer.value / whole:.0%}" for name, layer in layers.items()}
+    columns: Columns = {"of it this layer": layers, "share": shares}
     return Part(
-        [table("where the time goes, flat out", head, rows)],
+        [samples.table("where the time goes, flat out", "CPU µs/event", columns)],
         {"microseconds of client CPU per event": samples.summary()},
     )

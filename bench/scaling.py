@@ -1,4 +1,4 @@
-"""Part 6: how our time grows with each kind of size, in each way to cut it."""
+"""How our time grows with each kind of size, in each way to cut it."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from workloads import (
     BLOCK,
     CUT_NAMES,
     Workload,
-    answer_blocks,
+    answer,
     chunk_json,
     one_event,
     text_payloads,
@@ -35,16 +35,16 @@ def _chunks(pieces: Pieces) -> None:
 
 
 def _answer(pieces: Pieces) -> None:
-    answer = sse_chat.accumulate(sse_chat.iter_chunks(pieces))
-    assert answer.choices[0].finish_reason is not None
+    completion = sse_chat.accumulate(sse_chat.iter_chunks(pieces))
+    assert completion.choices[0].finish_reason is not None
 
 
 def _text(count: int) -> list[bytes]:
-    return answer_blocks(text_payloads(count, ASCII_WORDS), "stop")
+    return answer(text_payloads(count, ASCII_WORDS), "stop").blocks
 
 
 def _calls(count: int) -> list[bytes]:
-    return answer_blocks(tool_payloads(count), "tool_calls")
+    return answer(tool_payloads(count), "tool_calls").blocks
 
 
 def _one_call(count: int) -> list[bytes]:
@@ -53,23 +53,7 @@ def _one_call(count: int) -> list[bytes]:
     more = {"index": 0, "function": {"arguments": '"key": 1234, '}}
     calls = [opening, *[more] * count]
     payloads = [chunk_json({"tool_calls": [call]}) for call in calls]
-    return answer_blocks(payloads, "tool_calls")
-
-
-def _large(size: int) -> list[bytes]:
-    return one_event(size).blocks
-
-
-def _data_lines(count: int) -> list[bytes]:
-    return [b"data: line\n" * count, b"\n"]
-
-
-def _comment(size: int) -> list[bytes]:
-    return [b":", b"x" * size, b"\n\n"]
-
-
-def _blank_lines(count: int) -> list[bytes]:
-    return [b"\r\n" * count]
+    return answer(payloads, "tool_calls").blocks
 
 
 # By cut, the size to begin with.
@@ -82,10 +66,10 @@ ANSWERS = {BLOCK: 2**9}
 
 # What reads, and what makes a stream of a size.
 SIZES: dict[str, tuple[Callable[[Pieces], None], Size, dict[int, int]]] = {
-    "bytes of one event": (_events, _large, BYTES),
-    "data lines of one event": (_events, _data_lines, LINES),
-    "bytes of one comment": (_events, _comment, BYTES),
-    "blank lines": (_events, _blank_lines, BLANK_LINES),
+    "bytes of one event": (_events, lambda n: one_event(n).blocks, BYTES),
+    "data lines of one event": (_events, lambda n: [b"data: line\n" * n, b"\n"], LINES),
+    "bytes of one comment": (_events, lambda n: [b":", b"x" * n, b"\n\n"], BYTES),
+    "blank lines": (_events, lambda n: [b"\r\n" * n], BLANK_LINES),
     "events": (_events, _text, EVENTS),
     "chunks": (_chunks, _text, CHUNKS),
     "chunks accumulated": (_answer, _text, ANSWERS),

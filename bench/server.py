@@ -7,49 +7,41 @@ is closed, so that it cannot outlive the program that started it. A path begins 
 what is asked for: `/EVENTS/RATE/…` streams so many events, so many a second, or flat
 out where RATE is 0; `/EVENTS/RATE/close/…` closes the connection afterwards. One
 event is one HTTP chunk and one write. Paths that end in `/api/chat` get Ollama's own
-format, and `/stats` tells how many streams were open at once since it was last asked.
+format.
 """
 
 import asyncio
-import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 
 from measure import allow_many_sockets
-from workloads import ASCII_WORDS, answer_blocks, text_payloads, to_json
+from workloads import ASCII_WORDS, answer, text_payloads, to_json
 
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 BACKLOG = 2_048
 
 
-@cache
-def answer_events(count: int) -> tuple[bytes, ...]:
-    """A streamed answer of `count` events in all, the last of them [DONE]."""
-    return tuple(answer_blocks(text_payloads(count - 2, ASCII_WORDS), "stop"))
-
-
-@cache
-def ollama_lines(count: int) -> tuple[bytes, ...]:
+def ollama_lines(count: int) -> list[bytes]:
     """An answer of `count` lines in the format of Ollama's /api/chat."""
     lines = []
     for i in range(count):
         message = {"role": "assistant", "content": ASCII_WORDS[i % len(ASCII_WORDS)]}
-        created = "2026-11-23T00:00:00Z"
-        line = {"model": "m", "created_at": created, "message": message}
+        line = {"model": "m", "created_at": "2026-11-23T00:00:00Z", "message": message}
         lines.append(to_json({**line, "done": i == count - 1}).encode() + b"\n")
-    return tuple(lines)
+    return lines
 
 
 @cache
-def http_chunks(count: int, ollama: bool) -> tuple[bytes, ...]:
-    """What is written, one item each: every event as an HTTP chunk, and the end."""
-    blocks = ollama_lines(count) if ollama else answer_events(count)
-    chunks = (b"%x\r\n%b\r\n" % (len(block), block) for block in blocks)
-    return tuple(chain(chunks, [b"0\r\n\r\n"]))
+def http_chunks(count: int, ollama: bool) -> list[bytes]:
+    """What is written, one item each: every event as an HTTP chunk, and the end.
+
+    The last event of `count` is [DONE].
+    """
+    events = answer(text_payloads(count - 2, ASCII_WORDS), "stop").blocks
+    blocks = ollama_lines(count) if ollama else events
+    chunks = [b"%x\r\n%b\r\n" % (len(block), block) for block in blocks]
+    return [*chunks, b"0\r\n\r\n"]
 
 
 def head(content_type: str, close: bool) -> bytes:
@@ -61,37 +53,13 @@ def head(content_type: str, close: bool) -> bytes:
     ).encode()
 
 
-class Stats:
-    """How many streams are open, and how many were at most."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.peak = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Counts a stream for as long as it is open."""
-        self.now += 1
-        self.peak = max(self.peak, self.now)
-        yield
-        self.now -= 1
-
-    def report(self) -> bytes:
-        """An HTTP answer with the peak, which starts anew."""
-        body = json.dumps({"peak": self.peak}).encode()
-        self.peak = self.now
-        start = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-        return start + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-
-
 class Connection(asyncio.Protocol):
     """One client's connection: requests come in one after another, answers go out."""
 
     transport: asyncio.Transport
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stats: Stats) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.stats = stats
         self.received = b""
         self.writable = asyncio.Event()
 
@@ -121,9 +89,6 @@ class Connection(asyncio.Protocol):
             self._answer(header.split(b" ", 2)[1].decode())
 
     def _answer(self, path: str) -> None:
-        if path == "/stats":
-            self.transport.write(self.stats.report())
-            return
         _, count, rate, *rest = path.split("/")
         ollama = path.endswith("/api/chat")
         close = "close" in rest
@@ -132,19 +97,16 @@ class Connection(asyncio.Protocol):
         chunks = http_chunks(int(count), ollama)
         self.answer = self.loop.create_task(self._stream(chunks, float(rate), close))
 
-    async def _stream(
-        self, chunks: tuple[bytes, ...], rate: float, close: bool
-    ) -> None:
-        with self.stats.counted():
-            started = self.loop.time()
-            for i, chunk in enumerate(chunks):
-                if rate:
-                    await asyncio.sleep(started + i / rate - self.loop.time())
-                elif not self.writable.is_set():
-                    await self.writable.wait()
-                if self.transport.is_closing():  # The client is gone.
-                    return
-                self.transport.write(chunk)
+    async def _stream(self, chunks: list[bytes], rate: float, close: bool) -> None:
+        started = self.loop.time()
+        for i, chunk in enumerate(chunks):
+            if rate:
+                await asyncio.sleep(started + i / rate - self.loop.time())
+            elif not self.writable.is_set():
+                await self.writable.wait()
+            if self.transport.is_closing():  # The client is gone.
+                return
+            self.transport.write(chunk)
         if close:
             self.transport.close()
 
@@ -152,9 +114,8 @@ class Connection(asyncio.Protocol):
 async def serve() -> None:
     """Serves until standard input is closed."""
     loop = asyncio.get_running_loop()
-    stats = Stats()
     server = await loop.create_server(
-        lambda: Connection(loop, stats), "127.0.0.1", 0, backlog=BACKLOG
+        lambda: Connection(loop), "127.0.0.1", 0, backlog=BACKLOG
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)

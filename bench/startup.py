@@ -1,21 +1,14 @@
-"""Part 5: cold starts, timed as whole processes, and the second one-shot call."""
+"""Cold starts, timed as whole processes, and the second one-shot call."""
 
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import Figure, Part, Samples, interleave, table
-from processes import (
-    BENCH,
-    ROOT,
-    clients,
-    output,
-    seconds_to_end,
-    seconds_to_output,
-    server,
-)
+from measure import Figure, Part, Samples, interleave
+from processes import BENCH, ROOT, clients, output, server, started
 from programs import program, python
 from workloads import ASCII_WORDS
 
@@ -24,7 +17,6 @@ LITELLM_ROUNDS = 3
 LITELLM_ENVIRONMENT = BENCH / ".venv-litellm"
 
 IMPORTS = ("sse_chat", "httpx", "openai", "ollama")
-OPTIONS = ("--version", "--help")
 STARTS = (
     *("sse_chat", "sse_chat async", "openai", "openai async"),
     *("dicts", "dicts async", "ollama"),
@@ -34,12 +26,6 @@ WORDS = {
     "ollama": "item.message.content",
 }
 """What an item says; chunk objects are all alike."""
-
-Commands = dict[str, list[str]]
-
-
-class WrongStart(Exception):
-    """A program did not print the first word, or imported what it should not."""
 
 
 def printing(name: str, address: str) -> str:
@@ -67,9 +53,8 @@ def cold_start(quick: bool) -> Part:
     rounds = 1 if quick else 7
     whole = {"pass": python("pass")}
     whole |= {name: python(f"import {name}") for name in IMPORTS}
-    command_line = [sys.executable, str(ROOT / "sse_chat.py")]
-    whole |= {option: [*command_line, option] for option in OPTIONS}
-    check_import()
+    for option in ("--version", "--help"):
+        whole[option] = [sys.executable, str(ROOT / "sse_chat.py"), option]
     with server() as address:
         first = {name: python(printing(name, address)) for name in STARTS}
         check_starts(first)
@@ -96,22 +81,32 @@ def cold_start(quick: bool) -> Part:
     )
 
 
-def check_starts(firsts: Commands) -> None:
+def check_starts(firsts: dict[str, list[str]]) -> None:
     """Each program prints the first word."""
     for name, command in firsts.items():
         if output(command).split("\n", 1)[0] != ASCII_WORDS[0]:
-            raise WrongStart(f"{name} did not print the first word")
+            raise RuntimeError(f"{name} did not print the first word")
 
 
-def check_import() -> None:
-    """Importing sse_chat leaves httpx alone."""
-    code = "import sse_chat, sys; print({'httpx', 'httpx2'} & set(sys.modules))"
-    if output(python(code)) != "set()\n":
-        raise WrongStart("import sse_chat imports httpx")
+def seconds_to_end(command: list[str]) -> float:
+    """Wall-clock seconds of a whole program."""
+    start = time.perf_counter()
+    output(command)
+    return time.perf_counter() - start
+
+
+def seconds_to_output(command: list[str]) -> float:
+    """Wall-clock seconds from the start of a program to its first line."""
+    start = time.perf_counter()
+    with started(command) as process:
+        assert process.stdout
+        if not process.stdout.readline():
+            raise RuntimeError(f"{' '.join(command)} printed nothing")
+        return time.perf_counter() - start
 
 
 def _timed(
-    commands: Commands, seconds: Callable[[list[str]], float], rounds: int
+    commands: dict[str, list[str]], seconds: Callable[[list[str]], float], rounds: int
 ) -> Samples:
     """Milliseconds by command and round."""
 
@@ -123,22 +118,15 @@ def _timed(
 
 def _table(title: str, samples: Samples, base: str) -> str:
     unit = samples.figure(base).value
-    figures = {name: samples.figure(name) for name in samples}
-    rows = [
-        [name, str(figure), f"{figure.value / unit:.2f} ×"]
-        for name, figure in figures.items()
-    ]
-    return table(title, ["", "ms", f"over {base}"], rows)
+    over = {name: f"{samples.figure(name).value / unit:.2f} ×" for name in samples}
+    return samples.table(title, "ms", {f"over {base}": over})
 
 
 def _figures(imports: Samples, starts: Samples) -> dict[str, Figure]:
     return {
         "first chunk / openai": starts.ratio("sse_chat", "openai"),
         "first chunk / openai async": starts.ratio("sse_chat async", "openai async"),
-        "first chunk / dicts": max(
-            starts.ratio("sse_chat", "dicts"),
-            starts.ratio("sse_chat async", "dicts async"),
-        ),
+        "first chunk / dicts": max(starts.both("sse_chat", "dicts")),
         "import over pass": imports.difference("sse_chat", "pass"),
         "--version / pass": imports.ratio("--version", "pass"),
         "--help / pass": imports.ratio("--help", "pass"),
@@ -165,12 +153,9 @@ def one_shot(quick: bool) -> Part:
     set_ups = {
         name + ONE_SHOT: samples.difference(name + ONE_SHOT, name) for name in kept
     }
-    rows = [
-        [name, str(samples.figure(name)), str(set_ups.get(name, ""))] for name in names
-    ]
-    head = ["", "ms per call", "of it client set-up"]
+    columns = {"of it client set-up": set_ups}
     return Part(
-        [table("one-shot calls to an http:// URL", head, rows)],
+        [samples.table("one-shot calls to an http:// URL", "ms per call", columns)],
         {"milliseconds per call": samples.summary()},
         {"one-shot set-up": set_ups["sse_chat" + ONE_SHOT]},
     )

@@ -67,25 +67,21 @@ SCENE = (
 )
 
 # By SGR number.
-STYLES = {"1": "bold", "2": "dim", "31": "red", "32": "green"}
+STYLES = {"2": "dim", "32": "green"}
 ESCAPE = re.compile(r"\x1b\[([0-?]*)[ -/]*([@-~])|\x1b\][^\x07]*\x07|\x1b[=>]")
 
-CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 9, 21, 15
-LEFT, TOP = 40, 64
+LINE_HEIGHT, TOP = 21, 64
 SVG = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
-width="{width}" height="{height}" role="img">
+<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" \
+viewBox="0 0 800 {height}" width="800" height="{height}" role="img">
 <title>sse_chat.py in a terminal</title>
 <style>
-text {{ font: {size}px ui-monospace, SFMono-Regular, Menlo, Consolas,
+text {{ font: 15px ui-monospace, SFMono-Regular, Menlo, Consolas,
   "DejaVu Sans Mono", monospace; fill: #e6edf3; white-space: pre }}
-.bold {{ font-weight: bold }}
 .dim {{ fill: #8d96a0 }}
-.red {{ fill: #ff7b72 }}
 .green {{ fill: #56d364 }}
 </style>
-<rect x="0.5" y="0.5" width="{inner_width}" height="{inner_height}" rx="10" \
-fill="#161b22" stroke="#444c56"/>
+<rect width="800" height="{height}" rx="10" fill="#161b22"/>
 <circle cx="24" cy="22" r="6" fill="#ff5f57"/>
 <circle cx="44" cy="22" r="6" fill="#febc2e"/>
 <circle cx="64" cy="22" r="6" fill="#28c840"/>
@@ -96,12 +92,11 @@ fill="#161b22" stroke="#444c56"/>
 Line = list[tuple[str, str]]  # a character and its style
 
 
-def play(url: str, folder: Path) -> str:
+def play(url: str, folder: str) -> str:
     """Type the scene into a shell that starts in `folder`; give all it printed."""
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": os.environ["HOME"],
-        "HISTFILE": str(folder / "history"),
+        "HOME": folder,
         "INPUTRC": os.devnull,
         "LANG": "C.UTF-8",
         "TERM": "xterm-256color",
@@ -142,50 +137,36 @@ def read(terminal: int, enough: int | None = None) -> str:
 def emulate(output: str) -> list[Line]:
     """Give the lines as they stand at the end, those scrolled away too."""
     lines: list[Line] = [[]]
-    column, style, at = 0, "", 0
-    while at < len(output):
-        if found := ESCAPE.match(output, at):
-            at = found.end()
-            if found[2] == "m":
-                style = STYLES.get(found[1], "")
-            elif found[2] == "K":  # to the end of the line
-                del lines[-1][column:]
-            continue
-        character = output[at]
-        at += 1
-        if character == "\n":
+    column, style = 0, ""
+    for found in re.finditer(f"(?s){ESCAPE.pattern}|.", output):
+        text, line = found[0], lines[-1]
+        if found[2] == "m":
+            style = STYLES.get(found[1], "")
+        elif found[2] == "K":  # to the end of the line
+            del line[column:]
+        elif text == "\n":
             lines.append([])
-        elif character == "\r":
+        elif text == "\r":
             column = 0
-        elif character == "\b":
+        elif text == "\b":
             column -= 1
-        elif character >= " ":
+        elif text >= " ":
             if column == COLUMNS:
-                lines.append([])
+                lines.append(line := [])
                 column = 0
-            line = lines[-1]
             line += [(" ", "")] * (column - len(line))
-            line[column : column + 1] = [(character, style)]
+            line[column : column + 1] = [(text, style)]
             column += 1
     return lines
 
 
 def draw(lines: list[Line]) -> str:
-    height = TOP + LINE_HEIGHT * len(lines)
-    width = 2 * LEFT + CELL_WIDTH * COLUMNS
-    return SVG.format(
-        width=width,
-        height=height,
-        inner_width=width - 1,
-        inner_height=height - 1,
-        size=FONT_SIZE,
-        lines="\n".join(
-            f'<text x="{LEFT}" y="{TOP + LINE_HEIGHT * row}" xml:space="preserve">'
-            f"{spans(line)}</text>"
-            for row, line in enumerate(lines)
-            if line
-        ),
-    )
+    texts = [
+        f'<text x="40" y="{TOP + LINE_HEIGHT * row}">{spans(line)}</text>'
+        for row, line in enumerate(lines)
+        if line
+    ]
+    return SVG.format(height=TOP + LINE_HEIGHT * len(lines), lines="\n".join(texts))
 
 
 def spans(line: Line) -> str:
@@ -204,13 +185,11 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
     ):
+        assert server.stdout
+        url = server.stdout.readline().strip()
+        shutil.copy(HERE.parent / "sse_chat.py", folder)
         try:
-            assert server.stdout is not None
-            url = server.stdout.readline().strip()
-            if not url:
-                sys.exit("terminal: the server did not start")
-            shutil.copy(HERE.parent / "sse_chat.py", folder)
-            output = play(url, Path(folder))
+            output = play(url, folder) if url else sys.exit("terminal: no server")
         finally:
             server.terminate()
     picture = HERE / "terminal.svg"
