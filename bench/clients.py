@@ -49,14 +49,15 @@ def taken(read: Callable[[], list[Any]]) -> dict[str, float]:
     cpu = time.process_time() - cpu
     wall = time.perf_counter() - start
     whole = [answer for answer in answers if not isinstance(answer, Exception)]
-    items, firsts, ends = zip(*whole, strict=True)
+    firsts = [first for _, first, _ in whole]
+    first_end = min((end for _, _, end in whole), default=start)
     return {
         "cpu": cpu,
         "wall": wall,
-        "first": max(firsts) - start,
-        "items": sum(items),
+        "first": max(firsts, default=start) - start,
+        "items": sum(items for items, _, _ in whole),
         "failed": len(answers) - len(whole),
-        "open at once": sum(first < min(ends) for first in firsts),
+        "open at once": sum(first < first_end for first in firsts),
         "peak": peak_bytes(),
     }
 
