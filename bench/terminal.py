@@ -62,7 +62,7 @@ SCENE = (
     "And of Spain?\n",
     "Tell me a story.\n",
     STOP,
-    "And of Egypt?\n",
+    "What is the capital of Egypt?\n",
     "\x04",
 )
 
