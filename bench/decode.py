@@ -42,7 +42,6 @@ Contender: TypeAlias = Callable[[Iterable[bytes]], Iterator[Any]]
 Contenders: TypeAlias = Mapping[str, Contender]
 Floors: TypeAlias = dict[str, Callable[[], object]]
 Same: TypeAlias = Callable[[Any, Event], bool]
-Timed: TypeAlias = tuple[Samples, dict[str, str]]
 
 CHECK_SECONDS = 3.0
 """A contender that takes longer over one workload is not timed on it."""
@@ -91,7 +90,7 @@ def decode_httpx_sse_inner(pieces: Iterable[bytes]) -> Iterator[Any]:
 
 
 DECODERS: Contenders = {
-    "sse_chat": lambda pieces: sse_chat.iter_sse(pieces),
+    "sse_chat": sse_chat.iter_sse,
     "httpx-sse": lambda pieces: httpx_sse.EventSource(prepared(pieces)).iter_sse(),
     "httpx-sse inner": decode_httpx_sse_inner,
     "httpx2": lambda pieces: iter(
@@ -126,7 +125,7 @@ def typed_recipe(pieces: Iterable[bytes]) -> Iterator[Any]:
 
 
 READERS: Contenders = {
-    "sse_chat": lambda pieces: sse_chat.iter_chunks(pieces),
+    "sse_chat": sse_chat.iter_chunks,
     "openai": typed_openai,
     "recipe": typed_recipe,
 }
@@ -204,7 +203,7 @@ class Race:
     floors: Callable[[Workload], Floors]
     rounds: int
 
-    def time(self, workload: Workload, cut: int) -> Timed:
+    def time(self, workload: Workload, cut: int) -> tuple[Samples, dict[str, str]]:
         """Seconds by contender and round, and why the others were not timed."""
         pieces, sent = workload.pieces(cut), workload.events
         verdicts = {

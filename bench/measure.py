@@ -137,7 +137,9 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> 
     first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in (first, *others)])
     layout = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
-    return "\n".join(["", title, "", *(layout.format(*line).rstrip() for line in lines)])
+    return "\n".join(
+        ["", title, "", *(layout.format(*line).rstrip() for line in lines)]
+    )
 
 
 def _cell(value: object) -> str:

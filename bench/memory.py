@@ -125,9 +125,7 @@ def memory(quick: bool) -> Part:
         },
         {
             "memory / openai": max(peaks.both("sse_chat", "openai")),
-            "memory of one event": Figure.of(
-                [grew * 1e6 / large for grew in one_event["sse_chat"]]
-            ),
+            "memory of one event": one_event.times(1e6 / large).figure("sse_chat"),
             "memory of a long stream": max(map(longer, kept)),
         },
     )

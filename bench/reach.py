@@ -32,7 +32,7 @@ ROWS = (
     Row("typed, tool calls: openai over us", "typed tools / openai", "≥", 13),
     Row("typed: the recipe over us", "typed / recipe", "≥", 1.85),
     Row("typed, chat: us over split + json.loads", "typed chat / floor", "≤", 1.5),
-    Row("typed, tool calls: the same", "typed tools / floor", "≤", 1.8),
+    Row("typed, tool calls: us over the same", "typed tools / floor", "≤", 1.8),
     Row("end to end: openai over us", "end to end / openai", "≥", 7),
     Row("end to end: the recipe over us", "end to end / recipe", "≥", 1.4),
     Row("end to end: dicts only over us", "end to end / dicts", "≥", 1),

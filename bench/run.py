@@ -76,9 +76,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.parts = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(options.parts) - PARTS.keys():
-        parser.error(
-            f"no part named {', '.join(unknown)}; there are {', '.join(PARTS)}"
-        )
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     return options
 
 

@@ -131,11 +131,7 @@ CHAT_WORKLOADS = ("chat, ASCII", "chat, CJK")
 
 
 def decode_workloads(chats: int, others: int, large: int) -> list[Workload]:
-    """Every kind of stream.
-
-    `chats` and `others` are numbers of events, `large` is the size of the one large
-    event in bytes.
-    """
+    """Every kind of stream; numbers of events, and the bytes of the one large event."""
     ascii_payloads = text_payloads(chats, ASCII_WORDS)
     ascii_name, cjk_name = CHAT_WORKLOADS
     return [
