@@ -1,23 +1,15 @@
-"""Part 7: past one machine. Dask maps `generate` over a thousand prompts.
+"""Past one machine: Dask maps `generate` over a thousand prompts.
 
-    python bench/cluster.py [PROMPTS]
-
-starts a cluster of two worker processes on this machine and the demo server, asks
-once from this process and once from the workers, and compares the answers. For a
-real cluster only the address in `Client(…)` changes.
+This process asks the demo server, then a cluster of two worker processes does; the
+answers must be the same. For a real cluster only the address in `Client(…)` changes.
 """
 
 import logging
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
 
 from dask.distributed import Client, LocalCluster
 from measure import Part, table
-from processes import ROOT
-
-sys.path.insert(0, str(ROOT))  # which the worker processes take over
 
 import sse_chat
 
@@ -25,27 +17,14 @@ PROMPTS = 1_000
 WORKERS = 2
 
 
-class Different(Exception):
-    """The cluster's answers are not those of one process."""
-
-
-def answers(completions: list[sse_chat.ChatCompletion]) -> list[str | None]:
+def texts(completions: list[sse_chat.ChatCompletion]) -> list[str]:
     """What was answered; ids and times differ from call to call."""
-    return [completion.choices[0].message.content for completion in completions]
+    return [completion.text for completion in completions]
 
 
-def map_prompts(
-    client: Client, ask: Callable[[str], sse_chat.ChatCompletion], prompts: list[str]
-) -> list[sse_chat.ChatCompletion]:
-    """Asks all prompts on the cluster; the answers in the prompts' order."""
-    completions: list[sse_chat.ChatCompletion] = client.gather(client.map(ask, prompts))  # type: ignore[no-untyped-call]
-    return completions
-
-
-def cluster(quick: bool, count: int = PROMPTS) -> Part:
+def cluster(quick: bool) -> Part:
     """The answers of two worker processes, and of one process."""
-    part = Part()
-    prompts = [f"What is {i} + {i}?" for i in range(20 if quick else count)]
+    prompts = [f"What is {i} + {i}?" for i in range(20 if quick else PROMPTS)]
     logging.getLogger("distributed").setLevel(logging.ERROR)
     with (
         sse_chat.demo_server() as base_url,
@@ -58,17 +37,13 @@ def cluster(quick: bool, count: int = PROMPTS) -> Part:
         start = time.perf_counter()
         alone = [ask(prompt) for prompt in prompts]
         middle = time.perf_counter()
-        together = map_prompts(client, ask, prompts)
+        together = client.gather(client.map(ask, prompts))
         seconds = {"one process": middle - start}
         seconds[f"{WORKERS} workers"] = time.perf_counter() - middle
-    if answers(together) != answers(alone):
-        raise Different
-    rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
+    if texts(together) != texts(alone):
+        raise RuntimeError("the cluster's answers are not those of one process")
     title = f"cluster: {len(prompts):,} prompts, the same answers"
-    part.tables.append(table(title, ["", "seconds"], rows))
-    part.data = {"prompts": len(prompts), "seconds": seconds}
-    return part
-
-
-if __name__ == "__main__":
-    print(*cluster(False, *map(int, sys.argv[1:2])).tables, sep="\n")
+    return Part(
+        [table(title, ["", "seconds"], seconds.items())],
+        {"prompts": len(prompts), "seconds": seconds},
+    )

@@ -1,4 +1,4 @@
-"""Parts 1, 2 and 6: bytes already in memory to events, to chunks, and how it grows.
+"""Bytes already in memory to events, and to chunks.
 
 Each contender is a function from the pieces to an iterator. All run in one process,
 in turns; what is measured is processor time.
@@ -10,8 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import httpx
@@ -19,24 +18,11 @@ import httpx2
 import httpx_sse
 import sseclient
 from httpx_sse import _decoders as httpx_sse_inner
-from measure import (
-    Figure,
-    Part,
-    Samples,
-    cpu_seconds,
-    interleave,
-    largest,
-    medians,
-    ratio,
-    smallest,
-    spread,
-    table,
-)
+from measure import Figure, Part, Samples, cpu_seconds, interleave, table
 from openai import OpenAI, Stream
 from openai._streaming import SSEDecoder as OpenAISSEDecoder
 from openai.types.chat import ChatCompletionChunk
 from workloads import (
-    ASCII_WORDS,
     BLOCK,
     CHAT_WORKLOADS,
     CUT_NAMES,
@@ -45,12 +31,7 @@ from workloads import (
     TINY_CUTS,
     Event,
     Workload,
-    answer_blocks,
-    chunk_json,
     decode_workloads,
-    one_event,
-    text_payloads,
-    tool_payloads,
     typed_workloads,
 )
 
@@ -58,6 +39,9 @@ import sse_chat
 
 Pieces: TypeAlias = Sequence[bytes]
 Contender: TypeAlias = Callable[[Iterable[bytes]], Iterator[Any]]
+Contenders: TypeAlias = Mapping[str, Contender]
+Floors: TypeAlias = dict[str, Callable[[], object]]
+Same: TypeAlias = Callable[[Any, Event], bool]
 
 CHECK_SECONDS = 3.0
 """A contender that takes longer over one workload is not timed on it."""
@@ -68,46 +52,27 @@ CHECK_SECONDS = 3.0
 # as little as possible of httpx is measured.
 
 
-class NoBody(httpx.SyncByteStream):
-    """A body that nobody reads."""
+def prepared_response(library: Any) -> Callable[[Iterable[bytes]], Any]:
+    """A response class, of httpx or of httpx2, whose bytes are there already."""
+
+    class NoBody(library.SyncByteStream):  # type: ignore[misc]
+        """A body that nobody reads."""
+
+    class Prepared(library.Response):  # type: ignore[misc]
+        def __init__(self, pieces: Iterable[bytes]) -> None:
+            self.pieces = pieces
+            headers = {"content-type": "text/event-stream"}
+            request = library.Request("GET", "http://127.0.0.1")
+            super().__init__(200, headers=headers, stream=NoBody(), request=request)
+
+        def iter_bytes(self, chunk_size: int | None = None) -> Iterator[bytes]:
+            return iter(self.pieces)
+
+    return Prepared
 
 
-class NoBody2(httpx2.SyncByteStream):
-    """A body that nobody reads."""
-
-
-HEADERS = {"content-type": "text/event-stream"}
-
-
-class Prepared(httpx.Response):
-    """A response of httpx whose bytes are there already."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self.pieces = pieces
-        super().__init__(200, headers=HEADERS, stream=NoBody())
-
-    def iter_bytes(self, chunk_size: int | None = None) -> Iterator[bytes]:
-        return iter(self.pieces)
-
-
-class Prepared2(httpx2.Response):
-    """The same of httpx2."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self.pieces = pieces
-        request = httpx2.Request("GET", "http://127.0.0.1")
-        super().__init__(200, headers=HEADERS, stream=NoBody2(), request=request)
-
-    def iter_bytes(self, chunk_size: int | None = None) -> Iterator[bytes]:
-        return iter(self.pieces)
-
-
-def decode_sse_chat(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return sse_chat.iter_sse(pieces)
-
-
-def decode_httpx_sse(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return httpx_sse.EventSource(Prepared(pieces)).iter_sse()
+prepared = prepared_response(httpx)
+prepared2 = prepared_response(httpx2)
 
 
 def decode_httpx_sse_inner(pieces: Iterable[bytes]) -> Iterator[Any]:
@@ -124,32 +89,21 @@ def decode_httpx_sse_inner(pieces: Iterable[bytes]) -> Iterator[Any]:
                     yield event
 
 
-def decode_httpx2(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return iter(httpx2.EventSource(Prepared2(pieces), max_event_size=None))
-
-
-def decode_openai(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return OpenAISSEDecoder().iter_bytes(iter(pieces))
-
-
-def decode_sseclient(pieces: Iterable[bytes]) -> Iterator[Any]:
-    events: Iterator[Any] = sseclient.SSEClient(iter(pieces)).events()
-    return events
-
-
-DECODERS: dict[str, Contender] = {
-    "sse_chat": decode_sse_chat,
-    "httpx-sse": decode_httpx_sse,
+DECODERS: Contenders = {
+    "sse_chat": sse_chat.iter_sse,
+    "httpx-sse": lambda pieces: httpx_sse.EventSource(prepared(pieces)).iter_sse(),
     "httpx-sse inner": decode_httpx_sse_inner,
-    "httpx2": decode_httpx2,
-    "openai": decode_openai,
-    "sseclient-py": decode_sseclient,
+    "httpx2": lambda pieces: iter(
+        httpx2.EventSource(prepared2(pieces), max_event_size=None)
+    ),
+    "openai": lambda pieces: OpenAISSEDecoder().iter_bytes(iter(pieces)),
+    "sseclient-py": lambda pieces: sseclient.SSEClient(iter(pieces)).events(),
 }
 
 
-def as_event(event: Any) -> Event:
-    """Any contender's event; some write None for what was not sent."""
-    return (event.event or "message", event.data, event.id or "")
+def is_event(event: Any, sent: Event) -> bool:
+    """Whether it is the event that was sent; some write None for what was not."""
+    return (event.event or "message", event.data, event.id or "") == sent
 
 
 # Bytes to chunk objects.
@@ -158,157 +112,146 @@ def as_event(event: Any) -> Event:
 OPENAI = OpenAI(api_key="none", base_url="http://127.0.0.1:9/v1")
 
 
-def typed_sse_chat(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return sse_chat.iter_chunks(pieces)
-
-
 def typed_openai(pieces: Iterable[bytes]) -> Iterator[Any]:
-    return iter(
-        Stream(cast_to=ChatCompletionChunk, response=Prepared2(pieces), client=OPENAI)
-    )
+    response = prepared2(pieces)
+    return iter(Stream(cast_to=ChatCompletionChunk, response=response, client=OPENAI))
 
 
 def typed_recipe(pieces: Iterable[bytes]) -> Iterator[Any]:
-    for event in decode_httpx_sse(pieces):
+    for event in DECODERS["httpx-sse"](pieces):
         if event.data == "[DONE]":
             break
         yield ChatCompletionChunk(**json.loads(event.data))
 
 
-def typed_floor(pieces: Iterable[bytes]) -> Iterator[Any]:
-    for piece in pieces:
-        for block in piece.split(b"\n\n"):
-            if block and block != b"data: [DONE]":
-                yield json.loads(block[6:].decode())
-
-
-READERS: dict[str, Contender] = {
-    "sse_chat": typed_sse_chat,
+READERS: Contenders = {
+    "sse_chat": sse_chat.iter_chunks,
     "openai": typed_openai,
     "recipe": typed_recipe,
 }
 
 
-def as_payload(chunk: Any) -> dict[str, Any]:
-    """What a chunk object says, in the layout of the JSON that it was made from."""
-    choice = chunk.choices[0]
-    delta = choice.delta
-    said: dict[str, Any] = {}
-    if delta.role is not None:
-        said["role"] = delta.role
-    if delta.content is not None:
-        said["content"] = delta.content
-    if delta.tool_calls is not None:
-        said["tool_calls"] = [_as_call(call) for call in delta.tool_calls]
+def is_chunk(chunk: Any, sent: Event) -> bool:
+    """Whether the chunk says all that the event's JSON does."""
+    return _says(chunk, json.loads(sent[1]))
+
+
+def _says(found: Any, sent: Any) -> bool:
+    if isinstance(sent, dict):
+        return all(_says(getattr(found, name), value) for name, value in sent.items())
+    if isinstance(sent, list):
+        return len(found) == len(sent) and all(map(_says, found, sent))
+    return bool(found == sent)
+
+
+# What it costs to do less: by name, made for a workload.
+
+
+def decode_floors(workload: Workload) -> Floors:
+    body = workload.body
+    payloads = [data for _, data, _ in workload.events if data.startswith("{")]
     return {
-        "id": chunk.id,
-        "object": chunk.object,
-        "created": chunk.created,
-        "model": chunk.model,
-        "system_fingerprint": chunk.system_fingerprint,
-        "choices": [
-            {
-                "index": choice.index,
-                "delta": said,
-                "finish_reason": choice.finish_reason,
-            }
-        ],
+        "split": lambda: body.split(b"\n\n"),
+        "json.loads": lambda: exhaust(map(json.loads, payloads)),
     }
 
 
-def _as_call(call: Any) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": call.function.arguments}
-    said = {
-        "index": call.index,
-        "id": call.id,
-        "type": call.type,
-        "function": {
-            key: value for key, value in function.items() if value is not None
-        },
-    }
-    return {key: value for key, value in said.items() if value is not None}
+def typed_floors(workload: Workload) -> Floors:
+    def dicts() -> Iterator[Any]:
+        for piece in workload.blocks:
+            for block in piece.split(b"\n\n"):
+                if block and block != b"data: [DONE]":
+                    yield json.loads(block[6:].decode())
+
+    return {"floor": lambda: exhaust(dicts())}
 
 
 # Checking and timing.
 
 
-class TooSlow(Exception):
-    """A contender did not get through a workload within CHECK_SECONDS."""
-
-
-class WrongAnswer(Exception):
-    """A contender read something else than what was sent."""
-
-
 def _until(deadline: float, pieces: Pieces) -> Iterator[bytes]:
     for piece in pieces:
         if time.monotonic() > deadline:
-            raise TooSlow
+            raise TimeoutError
         yield piece
 
 
-def verdict(
-    contender: Contender,
-    read: Callable[[Any], object],
-    pieces: Pieces,
-    expected: Sequence[object],
-) -> str:
+def verdict(contender: Contender, same: Same, pieces: Pieces, sent: list[Any]) -> str:
     """ "" if the contender reads what was sent, else why it is not timed."""
     deadline = time.monotonic() + CHECK_SECONDS
     try:
-        found = [read(item) for item in contender(_until(deadline, pieces))]
-    except TooSlow:
+        found = list(contender(_until(deadline, pieces)))
+        right = len(found) == len(sent) and all(map(same, found, sent))
+    except TimeoutError:
         return f"> {CHECK_SECONDS:g} s"
     except Exception as error:
         return type(error).__name__
-    return "" if found == expected else "wrong"
+    return "" if right else "wrong"
 
 
-def exhaust(contender: Contender, pieces: Pieces) -> None:
+def exhaust(items: Iterable[object]) -> None:
     """Runs through everything and keeps nothing, at C speed."""
-    deque(contender(pieces), maxlen=0)
+    deque(items, maxlen=0)
 
 
-def time_contenders(
-    contenders: dict[str, Contender],
-    floors: Mapping[str, Callable[[], object]],
-    read: Callable[[Any], object],
-    pieces: Pieces,
-    expected: Sequence[object],
-    rounds: int,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds by contender and round, and why the others were not timed.
+@dataclass(frozen=True)
+class Race:
+    """Contenders, whether an item is the event that was sent, and floors."""
 
-    Ours is the one that has to be right.
-    """
-    verdicts = {
-        name: verdict(contender, read, pieces, expected)
-        for name, contender in contenders.items()
-    }
-    if verdicts["sse_chat"]:
-        raise WrongAnswer(f"sse_chat: {verdicts['sse_chat']}")
-    runs = {
-        name: partial(cpu_seconds, partial(exhaust, contender, pieces))
-        for name, contender in contenders.items()
-        if not verdicts[name]
-    }
-    runs |= {name: partial(cpu_seconds, floor) for name, floor in floors.items()}
-    samples = interleave(runs, rounds)
-    return samples, {name: why for name, why in verdicts.items() if why}
+    contenders: Contenders
+    same: Same
+    floors: Callable[[Workload], Floors]
+    rounds: int
+
+    def time(self, workload: Workload, cut: int) -> tuple[Samples, dict[str, str]]:
+        """Seconds by contender and round, and why the others were not timed."""
+        pieces, sent = workload.pieces(cut), workload.events
+        verdicts = {
+            name: verdict(contender, self.same, pieces, sent)
+            for name, contender in self.contenders.items()
+        }
+        if verdicts["sse_chat"]:
+            raise RuntimeError(f"sse_chat, {workload.name}: {verdicts['sse_chat']}")
+        floors = self.floors(workload)
+
+        def run(name: str) -> float:
+            if name in floors:
+                return cpu_seconds(floors[name])
+            return cpu_seconds(lambda: exhaust(self.contenders[name](pieces)))
+
+        right = [name for name, why in verdicts.items() if not why]
+        samples = interleave(run, [*right, *floors], self.rounds)
+        return samples, {name: why for name, why in verdicts.items() if why}
+
+    def run(
+        self, part: Part, title: str, workloads: list[Workload], cuts: Sequence[int]
+    ) -> dict[tuple[str, int], Samples]:
+        """Adds every workload in every cut to the part; gives what was found."""
+        others = [*list(self.contenders)[1:], *self.floors(workloads[0])]
+        found, rows = {}, []
+        for workload in workloads:
+            for cut in cuts:
+                samples, verdicts = self.time(workload, cut)
+                found[workload.name, cut] = samples
+                key = f"{workload.name}, {CUT_NAMES[cut]}"
+                per_event = samples.times(1e6 / len(workload.events)).summary()
+                part.data[key] = {
+                    "microseconds per event": per_event,
+                    "not timed": verdicts,
+                }
+                rows.append([key, *_cells(samples, verdicts, others)])
+        part.tables.append(table(title, ["", "sse_chat", *others], rows))
+        return found
 
 
-def cells(
-    samples: Samples, verdicts: dict[str, str], names: Iterable[str]
-) -> list[str]:
-    """For a table: our time in ms, of each other the time over ours."""
-    ours = samples["sse_chat"]
-    found = [f"{spread(ours).value * 1e3:.2f} ms"]
-    for name in names:
-        if name in samples:
-            found.append(f"{ratio(samples[name], ours).value:.2f} ×")
-        else:
-            found.append(verdicts[name])
-    return found
+def _cells(samples: Samples, verdicts: dict[str, str], names: list[str]) -> list[str]:
+    """Our time in ms, and of each other how many times ours it takes."""
+    ours = samples.figure("sse_chat").value
+    others = [
+        verdicts.get(name) or f"{samples.ratio(name, 'sse_chat').value:.2f} ×"
+        for name in names
+    ]
+    return [f"{ours * 1e3:.2f} ms", *others]
 
 
 # The parts.
@@ -317,224 +260,53 @@ def cells(
 def decode(quick: bool) -> Part:
     """Bytes to events, every workload in every cut."""
     part = Part()
-    sizes = {
-        LARGE_CUTS: (20_000, 5_000, 16_000_000),
-        TINY_CUTS: (200, 200, 50_000),
-    }
+    sizes = {LARGE_CUTS: (20_000, 5_000, 16_000_000), TINY_CUTS: (200, 200, 50_000)}
     if quick:
         sizes = {LARGE_CUTS: (50, 50, 100_000), TINY_CUTS: (20, 20, 5_000)}
-    others = (*list(DECODERS)[1:], "split", "json.loads")
-    ratios: dict[tuple[str, int, str], Figure] = {}
+    race = Race(DECODERS, is_event, decode_floors, 1 if quick else 9)
+    found: dict[tuple[str, int], Samples] = {}
     for cuts, (chats, other, large) in sizes.items():
-        rows = []
-        for workload in decode_workloads(chats, other, large):
-            for cut in cuts:
-                samples, verdicts = time_decode(workload, cut, 1 if quick else 9)
-                key = f"{workload.name}, {CUT_NAMES[cut]}"
-                rows.append([key, *cells(samples, verdicts, others)])
-                part.data[key] = {
-                    "milliseconds": medians(samples, 1e3),
-                    "events": len(workload.events),
-                    "not timed": verdicts,
-                }
-                for peer in verdicts.keys() ^ DECODERS.keys():
-                    ours = samples["sse_chat"]
-                    ratios[workload.name, cut, peer] = ratio(samples[peer], ours)
         size = f"{chats:,} chat chunks, {other:,} other events, {large:,} bytes in one"
         title = f"decode: our time, and the others' over ours ({size})"
-        part.tables.append(table(title, ["", "sse_chat", *others], rows))
-    part.figures = decode_figures(ratios)
+        workloads = decode_workloads(chats, other, large)
+        found |= race.run(part, title, workloads, cuts)
+
+    def over(peer: str, cuts: Sequence[int], names: Sequence[str]) -> list[Figure]:
+        return [
+            samples.ratio(peer, "sse_chat")
+            for (name, cut), samples in found.items()
+            if peer in samples and cut in cuts and name in names
+        ]
+
+    names = [name for name, _ in found]
+    every = over("httpx-sse", TCP_CUTS, names)
+    mean = math.exp(sum(math.log(figure.value) for figure in every) / len(every))
+    part.figures = {
+        "decode chat / httpx-sse": min(over("httpx-sse", TCP_CUTS, CHAT_WORKLOADS)),
+        "decode chat / openai": min(over("openai", TCP_CUTS, CHAT_WORKLOADS)),
+        "decode all / httpx-sse": min(every),
+        "decode mean / httpx-sse": Figure(mean, min(every).value, max(every).value),
+        "decode tiny / httpx-sse": min(over("httpx-sse", TINY_CUTS, names)),
+    }
     return part
-
-
-def time_decode(
-    workload: Workload, cut: int, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """One workload in one cut: the contenders, and what splitting and JSON cost."""
-    body = workload.body
-    payloads = [data for _, data, _ in workload.events if data.startswith("{")]
-    floors: dict[str, Callable[[], object]] = {
-        "split": lambda: body.split(b"\n\n"),
-        "json.loads": lambda: deque(map(json.loads, payloads), maxlen=0),
-    }
-    pieces, events = workload.pieces(cut), workload.events
-    return time_contenders(DECODERS, floors, as_event, pieces, events, rounds)
-
-
-def decode_figures(ratios: dict[tuple[str, int, str], Figure]) -> dict[str, Figure]:
-    """The worst ratio of each group that a row asks about."""
-
-    def worst(peer: str, cuts: Sequence[int], only: Sequence[str] = ()) -> Figure:
-        return smallest(
-            figure
-            for (workload, cut, name), figure in ratios.items()
-            if name == peer and cut in cuts and (not only or workload in only)
-        )
-
-    all_httpx_sse = [
-        figure.value
-        for (_, cut, name), figure in ratios.items()
-        if name == "httpx-sse" and cut in TCP_CUTS
-    ]
-    mean = math.exp(sum(map(math.log, all_httpx_sse)) / len(all_httpx_sse))
-    return {
-        "decode chat / httpx-sse": worst("httpx-sse", TCP_CUTS, CHAT_WORKLOADS),
-        "decode chat / openai": worst("openai", TCP_CUTS, CHAT_WORKLOADS),
-        "decode all / httpx-sse": worst("httpx-sse", TCP_CUTS),
-        "decode mean / httpx-sse": Figure(mean, min(all_httpx_sse), max(all_httpx_sse)),
-        "decode tiny / httpx-sse": worst("httpx-sse", TINY_CUTS),
-    }
 
 
 def typed(quick: bool) -> Part:
     """Bytes to chunk objects."""
     part = Part()
-    count = 50 if quick else 1_000
-    others = ("openai", "recipe", "floor")
-    found: dict[tuple[str, str], Figure] = {}
-    rows = []
-    for workload in typed_workloads(count):
-        for cut in (BLOCK, TCP_CUTS[0]):
-            pieces = workload.pieces(cut)
-            floors = {"floor": partial(exhaust, typed_floor, workload.blocks)}
-            expected = [json.loads(data) for _, data, _ in workload.events]
-            samples, verdicts = time_contenders(
-                READERS, floors, as_payload, pieces, expected, 1 if quick else 21
-            )
-            key = f"{workload.name}, {CUT_NAMES[cut]}"
-            rows.append([key, *cells(samples, verdicts, others)])
-            per_chunk = 1e6 / len(expected)
-            part.data[key] = {"microseconds per chunk": medians(samples, per_chunk)}
-            if cut == BLOCK:
-                ours = samples["sse_chat"]
-                for peer in ("openai", "recipe"):
-                    found[workload.name, peer] = ratio(samples[peer], ours)
-                found[workload.name, "floor"] = ratio(ours, samples["floor"])
+    count, rounds = (50, 1) if quick else (1_000, 21)
     title = f"typed: our time for {count:,} chunks, and the others' over ours"
-    part.tables.append(table(title, ["", "sse_chat", *others], rows))
-    chat, tools = CHAT_WORKLOADS, "tool calls"
+    workloads, cuts = typed_workloads(count), (BLOCK, TCP_CUTS[0])
+    race = Race(READERS, is_chunk, typed_floors, rounds)
+    found = race.run(part, title, workloads, cuts)
+    *chats, tools = (found[workload.name, BLOCK] for workload in workloads)
     part.figures = {
-        "typed chat / openai": smallest(found[name, "openai"] for name in chat),
-        "typed tools / openai": found[tools, "openai"],
-        "typed / recipe": smallest(found[name, "recipe"] for name in (*chat, tools)),
-        "typed / floor": largest(found[name, "floor"] for name in (*chat, tools)),
+        "typed chat / openai": min(chat.ratio("openai", "sse_chat") for chat in chats),
+        "typed tools / openai": tools.ratio("openai", "sse_chat"),
+        "typed / recipe": min(
+            one.ratio("recipe", "sse_chat") for one in (*chats, tools)
+        ),
+        "typed chat / floor": max(chat.ratio("sse_chat", "floor") for chat in chats),
+        "typed tools / floor": tools.ratio("sse_chat", "floor"),
     }
     return part
-
-
-# Growth: each kind of size in each way to cut it, doubled five times.
-
-
-def _events(pieces: Pieces) -> None:
-    deque(sse_chat.iter_sse(pieces, max_event_bytes=None), maxlen=0)
-
-
-def _chunks(pieces: Pieces) -> None:
-    deque(sse_chat.iter_chunks(pieces), maxlen=0)
-
-
-def _answer(pieces: Pieces) -> None:
-    accumulator = sse_chat.ChatAccumulator()
-    for chunk in sse_chat.iter_chunks(pieces):
-        accumulator.add(chunk)
-    if accumulator.completion.choices[0].finish_reason is None:
-        raise WrongAnswer("accumulate")
-
-
-def _sliced(blocks: list[bytes], cut: int) -> Pieces:
-    return Workload("", blocks, []).pieces(cut)
-
-
-def _text(count: int) -> list[bytes]:
-    return answer_blocks(text_payloads(count, ASCII_WORDS), "stop")
-
-
-def _one_call(count: int) -> list[bytes]:
-    function = {"name": "f", "arguments": ""}
-    opening = {"index": 0, "id": "call_0", "type": "function", "function": function}
-    more = {"index": 0, "function": {"arguments": '"key": 1234, '}}
-    calls = [opening, *[more] * count]
-    payloads = [chunk_json({"tool_calls": [call]}) for call in calls]
-    return answer_blocks(payloads, "tool_calls")
-
-
-Size: TypeAlias = Callable[[int], list[bytes]]
-SIZES: dict[str, tuple[Callable[[Pieces], None], Size, dict[int, int]]] = {
-    "bytes of one event": (
-        _events,
-        lambda size: one_event(size).blocks,
-        {65_536: 2**18, 1_460: 2**18, 16: 2**16, 1: 2**12},
-    ),
-    "data lines of one event": (
-        _events,
-        lambda count: [b"data: line\n" * count, b"\n"],
-        {65_536: 2**13, 1_460: 2**13, 16: 2**12, 1: 2**9},
-    ),
-    "bytes of one comment": (
-        _events,
-        lambda size: [b":", b"x" * size, b"\n\n"],
-        {65_536: 2**18, 1_460: 2**18, 16: 2**16, 1: 2**12},
-    ),
-    "blank lines": (
-        _events,
-        lambda count: [b"\r\n" * count],
-        {65_536: 2**14, 1_460: 2**14, 16: 2**12, 1: 2**11},
-    ),
-    "events": (
-        _events,
-        _text,
-        {65_536: 2**10, 1_460: 2**10, BLOCK: 2**10, 16: 2**7, 1: 2**4},
-    ),
-    "chunks": (
-        _chunks,
-        _text,
-        {65_536: 2**9, 1_460: 2**9, BLOCK: 2**9, 16: 2**7, 1: 2**4},
-    ),
-    "chunks accumulated": (_answer, _text, {BLOCK: 2**9}),
-    "tool calls accumulated": (
-        _answer,
-        lambda count: answer_blocks(tool_payloads(count), "tool_calls"),
-        {BLOCK: 2**9},
-    ),
-    "pieces of one call's arguments": (_answer, _one_call, {BLOCK: 2**9}),
-}
-DOUBLINGS = 5
-
-
-def scaling(quick: bool) -> Part:
-    """How our time grows with the size: the factor of each doubling."""
-    part = Part()
-    rows, growths = [], []
-    for kind, (run, make, starts) in SIZES.items():
-        for cut, start in starts.items():
-            first = max(1, start >> 8) if quick else start
-            times = _grow(run, make, cut, first, rounds=1 if quick else 3)
-            key = f"{kind}, {CUT_NAMES[cut]}"
-            factors = [b / a for a, b in pairwise(times)]
-            sixteen = max(b / a for a, b in zip(times, times[4:], strict=False))
-            growths.append(Figure(sixteen, sixteen, sixteen))
-            last = first << DOUBLINGS
-            cells = [f"{factor:.2f}" for factor in (*factors, sixteen)]
-            rows.append([key, f"{first:,}", f"{last:,}", *cells])
-            part.data[key] = {
-                "sizes": [first, last],
-                "milliseconds": [t * 1e3 for t in times],
-            }
-    numbers = [f"×{2**i}" for i in range(1, DOUBLINGS + 1)]
-    head = ["", "from", "to", *numbers, "16 × the size"]
-    title = "scaling: the factor in time of each doubling in size"
-    part.tables.append(table(title, head, rows))
-    part.figures["growth"] = largest(growths)
-    return part
-
-
-def _grow(
-    run: Callable[[Pieces], None], make: Size, cut: int, first: int, rounds: int
-) -> list[float]:
-    """The best time of each size: growth is about the algorithm, not the machine."""
-    streams = [_sliced(make(first << i), cut) for i in range(DOUBLINGS + 1)]
-    runs = {
-        str(i): partial(cpu_seconds, partial(run, pieces))
-        for i, pieces in enumerate(streams)
-    }
-    return [min(times) for times in interleave(runs, rounds).values()]

@@ -75,7 +75,7 @@ def install(environment: Path) -> None:
             new.rename(environment)
 
 
-def serve(port: int, slots: int, verbose: bool, with_parent: bool) -> None:
+def serve(options: argparse.Namespace) -> None:
     """Load the model, print the base URL, stay until a signal raises SystemExit."""
     parent = os.getppid()
     # llama.cpp logs to stdout too, and it is C++: only the file descriptor stops it.
@@ -86,19 +86,18 @@ def serve(port: int, slots: int, verbose: bool, with_parent: bool) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = os.path.join(sysconfig.get_path("purelib"), MODEL_FILE)
         params.model_alias = {"smollm2"}
-        # The model's own template adds a system prompt, with which it misses Paris.
-        params.chat_template = "chatml"
+        params.chat_template = options.chat_template
         params.hostnames = ["127.0.0.1"]
-        params.port = port
-        params.n_parallel = slots
-        params.n_ctx = slots * CONTEXT
+        params.port = options.port
+        params.n_parallel = options.slots
+        params.n_ctx = options.slots * CONTEXT
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_ram_mib = 0  # by default it keeps up to 8 GiB of old prompts
-        params.verbosity = 3 if verbose else 1
+        params.verbosity = 3 if options.verbose else 1
         server = xllamacpp.Server(params)  # returns when /health says ok
         print(f"{server.listening_address}/v1", file=stdout)
     try:
-        while not with_parent or os.getppid() == parent:
+        while not options.with_parent or os.getppid() == parent:
             time.sleep(1)
     finally:
         # Taking the server down in order waits 30 s for an answer under way.
@@ -106,15 +105,13 @@ def serve(port: int, slots: int, verbose: bool, with_parent: bool) -> None:
 
 
 def main() -> None:
-    about, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=about,
-        epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
     add("--port", type=int, default=0, help="default: a free one")
     add("--slots", type=int, default=4, help="answers at the same time, default 4")
+    # The model's own template adds a system prompt, with which it misses Paris.
+    add("--chat-template", default="chatml", help="a name, or a Jinja template")
     add("--verbose", action="store_true", help="llama.cpp's log on stderr")
     add("--with-parent", action="store_true", help="end when the calling process does")
     args = parser.parse_args()
@@ -131,7 +128,7 @@ def main() -> None:
         if not os.path.samefile(sys.prefix, environment):
             # The server takes over this process: one id to wait for and to end.
             os.execv(python, [str(python), __file__, *sys.argv[1:]])
-        serve(**vars(args))
+        serve(args)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"local_server: {error}")
 

@@ -1,18 +1,22 @@
 """Timing, the arithmetic on it, and what it ran on."""
 
+from __future__ import annotations
+
 import gc
 import os
 import platform
+import re
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from operator import sub, truediv
 from pathlib import Path
 
-Samples = Mapping[str, Sequence[float]]
-"""For each contender one value per round."""
+Columns = Mapping[str, Mapping[str, object]]
+"""For a table: by heading, what stands there for each contender."""
 
 PACKAGES = (
     *("httpx", "httpcore", "h11", "httpx2", "httpcore2", "httpx-sse", "openai"),
@@ -27,7 +31,7 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.0f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Figure:
     """A measured number and its spread, the quartiles over the rounds."""
 
@@ -35,16 +39,67 @@ class Figure:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        """The median and the quartiles."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
     def __str__(self) -> str:
         return f"{number(self.value)} ({number(self.low)}–{number(self.high)})"
+
+
+class Samples(dict[str, list[float]]):
+    """For each contender one value per round."""
+
+    def figure(self, name: str) -> Figure:
+        """The median of a contender, and its quartiles."""
+        return Figure.of(self[name])
+
+    def ratio(self, over: str, under: str) -> Figure:
+        """The ratio of the medians, with the quartiles of the ratios of each round."""
+        return self._compared(truediv, over, under)
+
+    def both(self, over: str, under: str) -> list[Figure]:
+        """The ratio of the sync ones, and that of the async ones."""
+        return [self.ratio(over + kind, under + kind) for kind in ("", " async")]
+
+    def difference(self, name: str, base: str) -> Figure:
+        """The difference of the medians, with the quartiles of that of each round."""
+        return self._compared(sub, name, base)
+
+    def _compared(
+        self, compare: Callable[[float, float], float], a: str, b: str
+    ) -> Figure:
+        rounds = [compare(x, y) for x, y in zip(self[a], self[b], strict=True)]
+        value = compare(self.figure(a).value, self.figure(b).value)
+        return replace(Figure.of(rounds), value=value)
+
+    def times(self, factor: float) -> Samples:
+        """The same in another unit."""
+        return Samples({k: [v * factor for v in values] for k, values in self.items()})
+
+    def table(self, title: str, unit: str, columns: Columns | None = None) -> str:
+        """A table with a row for each contender, and more columns by contender."""
+        more = columns or {}
+        rows = [
+            [name, self.figure(name), *(c.get(name, "") for c in more.values())]
+            for name in self
+        ]
+        return table(title, ["", unit, *more], rows)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Median and quartiles by contender, for the results file."""
+        return {name: asdict(self.figure(name)) for name in self}
 
 
 @dataclass
 class Part:
     """What one part of the suite found.
 
-    `tables` are for people, `data` goes into the results, and `figures` are the
-    numbers, by name, that the rows of `reach.py` look at.
+    `data` goes into the results; the rows of `reach.py` look at `figures`, by name.
     """
 
     tables: list[str] = field(default_factory=list)
@@ -64,72 +119,31 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+    run: Callable[[str], float], names: Iterable[str], rounds: int, warm_up: int = 1
+) -> Samples:
     """Runs A B C A B C …, so that a slow minute of the machine meets all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(warm_up + rounds):
-        for name, run in runs.items():
-            value = run()
-            if number >= warm_up:
+    samples = Samples({name: [] for name in names})
+    for done in range(warm_up + rounds):
+        for name in samples:
+            value = run(name)
+            if done >= warm_up:
                 samples[name].append(value)
     return samples
 
 
-def spread(values: Sequence[float]) -> Figure:
-    """The median and the quartiles."""
-    if len(values) < 2:
-        return Figure(values[0], values[0], values[0])
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Figure(statistics.median(values), low, high)
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> Figure:
-    """The ratio of the medians, with the quartiles of the ratios of each round."""
-    rounds = spread([a / b for a, b in zip(over, under, strict=True)])
-    value = statistics.median(over) / statistics.median(under)
-    return Figure(value, rounds.low, rounds.high)
-
-
-def difference(values: Sequence[float], base: Sequence[float]) -> Figure:
-    """The difference of the medians, with the quartiles of that of each round."""
-    rounds = spread([a - b for a, b in zip(values, base, strict=True)])
-    value = statistics.median(values) - statistics.median(base)
-    return Figure(value, rounds.low, rounds.high)
-
-
-def smallest(figures: Iterable[Figure]) -> Figure:
-    """The figure with the smallest value: the worst of those that should be large."""
-    return min(figures, key=lambda figure: figure.value)
-
-
-def largest(figures: Iterable[Figure]) -> Figure:
-    """The figure with the largest value: the worst of those that should be small."""
-    return max(figures, key=lambda figure: figure.value)
-
-
-def medians(samples: Samples, factor: float = 1) -> dict[str, dict[str, float]]:
-    """Median and quartiles by contender, times `factor`, for the results file."""
-    return {
-        name: asdict(spread([value * factor for value in values]))
-        for name, values in samples.items()
-        if values
-    }
-
-
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in plain text, the first column to the left, the others to the right."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join(["", title, "", text[0], rule, *text[1:]])
+    lines = [list(map(_cell, row)) for row in (head, *rows)]
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in (first, *others)])
+    layout = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    return "\n".join(
+        ["", title, "", *(layout.format(*line).rstrip() for line in lines)]
+    )
+
+
+def _cell(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def freeze_imports() -> None:
@@ -154,22 +168,13 @@ def machine() -> dict[str, object]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """The installed version of every package that takes part."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    """The version of every installed package that takes part."""
+    return {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
 
 
 def allow_many_sockets() -> None:

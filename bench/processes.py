@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import ProxyHandler, build_opener
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -31,20 +29,14 @@ def environment() -> dict[str, str]:
 def server() -> Iterator[str]:
     """Runs server.py; gives its address, without a path."""
     command = [sys.executable, str(BENCH / "server.py")]
-    with _started(command) as process:
+    with started(command) as process:
         assert process.stdout
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"
 
 
-def peak_streams(address: str) -> int:
-    """How many streams the server had open at once since it was last asked."""
-    with build_opener(ProxyHandler({})).open(address + "/stats") as response:
-        peak: int = json.load(response)["peak"]
-    return peak
-
-
 @contextmanager
-def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Runs a program that ends when its standard input does."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -98,7 +90,7 @@ def clients(
     with ExitStack() as stack:
         command = [sys.executable, str(BENCH / "clients.py")]
         processes = [
-            stack.enter_context(_started([*command, name, base_url, str(streams)]))
+            stack.enter_context(started([*command, name, base_url, str(streams)]))
             for name in names
         ]
         yield dict(zip(names, map(Client, processes), strict=True))
@@ -118,22 +110,3 @@ def output(command: Sequence[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return done.stdout
-
-
-def seconds_to_end(command: Sequence[str]) -> float:
-    """Wall-clock seconds of a whole program."""
-    start = time.perf_counter()
-    output(command)
-    return time.perf_counter() - start
-
-
-def seconds_to_output(command: Sequence[str]) -> float:
-    """Wall-clock seconds from the start of a program to its first line."""
-    start = time.perf_counter()
-    with _started(command) as process:
-        assert process.stdout
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - start
-    if not line or process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return seconds

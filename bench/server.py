@@ -7,47 +7,41 @@ is closed, so that it cannot outlive the program that started it. A path begins 
 what is asked for: `/EVENTS/RATE/…` streams so many events, so many a second, or flat
 out where RATE is 0; `/EVENTS/RATE/close/…` closes the connection afterwards. One
 event is one HTTP chunk and one write. Paths that end in `/api/chat` get Ollama's own
-format, and `/stats` tells how many streams were open at once since it was last asked.
+format.
 """
 
 import asyncio
-import json
 import re
 import sys
 from functools import cache
-from itertools import chain
 
 from measure import allow_many_sockets
-from workloads import ASCII_WORDS, answer_blocks, text_payloads, to_json
+from workloads import ASCII_WORDS, answer, text_payloads, to_json
 
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 BACKLOG = 2_048
 
 
-@cache
-def answer_events(count: int) -> tuple[bytes, ...]:
-    """A streamed answer of `count` events in all, the last of them [DONE]."""
-    return tuple(answer_blocks(text_payloads(count - 2, ASCII_WORDS), "stop"))
-
-
-@cache
-def ollama_lines(count: int) -> tuple[bytes, ...]:
+def ollama_lines(count: int) -> list[bytes]:
     """An answer of `count` lines in the format of Ollama's /api/chat."""
     lines = []
     for i in range(count):
         message = {"role": "assistant", "content": ASCII_WORDS[i % len(ASCII_WORDS)]}
-        created = "2026-11-23T00:00:00Z"
-        line = {"model": "m", "created_at": created, "message": message}
+        line = {"model": "m", "created_at": "2026-11-23T00:00:00Z", "message": message}
         lines.append(to_json({**line, "done": i == count - 1}).encode() + b"\n")
-    return tuple(lines)
+    return lines
 
 
 @cache
-def http_chunks(count: int, ollama: bool) -> tuple[bytes, ...]:
-    """What is written, one item each: every event as an HTTP chunk, and the end."""
-    blocks = ollama_lines(count) if ollama else answer_events(count)
-    chunks = (b"%x\r\n%b\r\n" % (len(block), block) for block in blocks)
-    return tuple(chain(chunks, [b"0\r\n\r\n"]))
+def http_chunks(count: int, ollama: bool) -> list[bytes]:
+    """What is written, one item each: every event as an HTTP chunk, and the end.
+
+    The last event of `count` is [DONE].
+    """
+    events = answer(text_payloads(count - 2, ASCII_WORDS), "stop").blocks
+    blocks = ollama_lines(count) if ollama else events
+    chunks = [b"%x\r\n%b\r\n" % (len(block), block) for block in blocks]
+    return [*chunks, b"0\r\n\r\n"]
 
 
 def head(content_type: str, close: bool) -> bytes:
@@ -59,43 +53,15 @@ def head(content_type: str, close: bool) -> bytes:
     ).encode()
 
 
-class Stats:
-    """How many streams are open, and how many were at most."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.peak = 0
-
-    def opened(self) -> None:
-        self.now += 1
-        self.peak = max(self.peak, self.now)
-
-    def closed(self) -> None:
-        self.now -= 1
-
-    def report(self) -> bytes:
-        """An HTTP answer with the peak, which starts anew."""
-        body = json.dumps({"peak": self.peak}).encode()
-        self.peak = self.now
-        start = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-        return start + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-
-
 class Connection(asyncio.Protocol):
-    """One connection: requests come in, one after another, answers go out."""
+    """One client's connection: requests come in one after another, answers go out."""
 
     transport: asyncio.Transport
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stats: Stats) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.stats = stats
         self.received = b""
-        self.chunks: tuple[bytes, ...] = ()
-        self.sent = 0
-        self.interval = 0.0
-        self.started = 0.0
-        self.paused = False
-        self.close_after = False
+        self.writable = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -103,10 +69,16 @@ class Connection(asyncio.Protocol):
         # Writing stops as soon as the kernel takes no more, so that no two events
         # are ever put together into one write.
         transport.set_write_buffer_limits(high=0)
+        self.writable.set()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.chunks:
-            self._finish()
+        self.writable.set()  # for an answer that is not out yet, to find this out
 
     def data_received(self, data: bytes) -> None:
         self.received += data
@@ -116,67 +88,34 @@ class Connection(asyncio.Protocol):
             self.received = b""
             self._answer(header.split(b" ", 2)[1].decode())
 
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        if not self.interval:
-            self._write_all()
-
     def _answer(self, path: str) -> None:
-        if path == "/stats":
-            self.transport.write(self.stats.report())
-            return
         _, count, rate, *rest = path.split("/")
         ollama = path.endswith("/api/chat")
-        self.close_after = "close" in rest
-        self.chunks = http_chunks(int(count), ollama)
-        self.sent = 0
-        self.interval = 1 / float(rate) if float(rate) else 0.0
-        self.started = self.loop.time()
-        self.stats.opened()
+        close = "close" in rest
         kind = "application/x-ndjson" if ollama else "text/event-stream"
-        self.transport.write(head(kind, self.close_after))
-        if self.interval:
-            self._write_next()
-        else:
-            self._write_all()
+        self.transport.write(head(kind, close))
+        chunks = http_chunks(int(count), ollama)
+        self.answer = self.loop.create_task(self._stream(chunks, float(rate), close))
 
-    def _write_all(self) -> None:
-        transport, chunks = self.transport, self.chunks
-        while self.sent < len(chunks) and not self.paused:
-            transport.write(chunks[self.sent])
-            self.sent += 1
-            if transport.is_closing():  # The client is gone.
+    async def _stream(self, chunks: list[bytes], rate: float, close: bool) -> None:
+        started = self.loop.time()
+        for i, chunk in enumerate(chunks):
+            if rate:
+                await asyncio.sleep(started + i / rate - self.loop.time())
+            elif not self.writable.is_set():
+                await self.writable.wait()
+            if self.transport.is_closing():  # The client is gone.
                 return
-        if chunks and self.sent == len(chunks):
-            self._finish()
-
-    def _write_next(self) -> None:
-        if not self.chunks:
-            return
-        self.transport.write(self.chunks[self.sent])
-        self.sent += 1
-        if self.sent == len(self.chunks):
-            self._finish()
-        else:
-            due = self.started + self.sent * self.interval
-            self.loop.call_at(due, self._write_next)
-
-    def _finish(self) -> None:
-        self.chunks = ()
-        self.stats.closed()
-        if self.close_after:
+            self.transport.write(chunk)
+        if close:
             self.transport.close()
 
 
 async def serve() -> None:
     """Serves until standard input is closed."""
     loop = asyncio.get_running_loop()
-    stats = Stats()
     server = await loop.create_server(
-        lambda: Connection(loop, stats), "127.0.0.1", 0, backlog=BACKLOG
+        lambda: Connection(loop), "127.0.0.1", 0, backlog=BACKLOG
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)

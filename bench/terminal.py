@@ -31,47 +31,57 @@ HERE = Path(__file__).resolve().parent
 COLUMNS, ROWS = 80, 24
 PORT = 8080  # the one that llama.cpp's server has by default
 STEP_TIMEOUT = 120  # seconds; the answers take about one
+QUIET = 1  # seconds of silence after a prompt, before something is typed
+STORY = 230  # characters, then it is stopped
 
-# A model this small does not reason by itself: a grammar, one of llama.cpp's own
-# options, makes it say one sentence between the marks before it answers.
-GRAMMAR = r'root ::= "<think>" [^<.\n]+ ".</think>The answer" [^.\n]+ ".\n"'
+# A model this small does not reason by itself. Two examples before the conversation,
+# as templates of larger models also have them, show it how; then it says what it likes.
+TEMPLATE = """\
+<|im_start|>user
+How many legs has a spider?<|im_end|>
+<|im_start|>assistant
+<think>A spider is an arachnid, and all of them have eight legs.</think>\
+A spider has eight legs.<|im_end|>
+<|im_start|>user
+What colour is snow?<|im_end|>
+<|im_start|>assistant
+<think>Snow is frozen water, which scatters light of every colour.</think>\
+Snow is white.<|im_end|>
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
-SHELL, CHAT = r"\$ $", r">>> $"
-# What the end of the output must look like, and what is typed then.
-SCENE = [
-    (SHELL, "export OPENAI_BASE_URL={url}\n"),
-    (SHELL, 'python sse_chat.py --usage -o temperature=0 "Capital of France?"\n'),
-    (SHELL, 'echo "How many days are in a week?" | python sse_chat.py \\\n'),
-    (r"> $", '-o temperature=0 -o grammar="$(cat think.gbnf)" > answer.txt\n'),
-    (SHELL, "cat answer.txt\n"),
-    (SHELL, "python sse_chat.py -o temperature=0\n"),
-    (CHAT, "What is the capital of Japan?\n"),
-    (CHAT, "And of Spain?\n"),
-    (CHAT, "Tell me a story.\n"),
-    (r"story\.\r\n(?s:.{50,})", "\x03"),
-    (CHAT, "And of Egypt?\n"),
-    (CHAT, "/bye\n"),
-    (SHELL, ""),
-]
+ASK = "python sse_chat.py -o temperature=0"
+STOP = "\x03"  # Ctrl-C, typed while an answer comes; all else waits for a prompt
+SCENE = (
+    "export OPENAI_BASE_URL={url}\n",
+    f'echo "What do bees make?" | {ASK} | tr a-z A-Z\n',
+    f"{ASK}\n",
+    "What is the capital of Japan?\n",
+    "And of Spain?\n",
+    "Tell me a story.\n",
+    STOP,
+    "What is the capital of Egypt?\n",
+    "\x04",
+)
 
-# By SGR number: dim is the program's, green that of the prompt below.
+# By SGR number.
 STYLES = {"2": "dim", "32": "green"}
 ESCAPE = re.compile(r"\x1b\[([0-?]*)[ -/]*([@-~])|\x1b\][^\x07]*\x07|\x1b[=>]")
 
-CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 9, 21, 15
-LEFT, TOP = 40, 64
+LINE_HEIGHT, TOP = 21, 64
 SVG = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
-width="{width}" height="{height}" role="img">
+<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" \
+viewBox="0 0 800 {height}" width="800" height="{height}" role="img">
 <title>sse_chat.py in a terminal</title>
 <style>
-text {{ font: {size}px ui-monospace, SFMono-Regular, Menlo, Consolas,
+text {{ font: 15px ui-monospace, SFMono-Regular, Menlo, Consolas,
   "DejaVu Sans Mono", monospace; fill: #e6edf3; white-space: pre }}
 .dim {{ fill: #8d96a0 }}
 .green {{ fill: #56d364 }}
 </style>
-<rect x="0.5" y="0.5" width="{inner_width}" height="{inner_height}" rx="10" \
-fill="#161b22" stroke="#444c56"/>
+<rect width="800" height="{height}" rx="10" fill="#161b22"/>
 <circle cx="24" cy="22" r="6" fill="#ff5f57"/>
 <circle cx="44" cy="22" r="6" fill="#febc2e"/>
 <circle cx="64" cy="22" r="6" fill="#28c840"/>
@@ -82,12 +92,11 @@ fill="#161b22" stroke="#444c56"/>
 Line = list[tuple[str, str]]  # a character and its style
 
 
-def play(url: str, folder: Path) -> str:
+def play(url: str, folder: str) -> str:
     """Type the scene into a shell that starts in `folder`; give all it printed."""
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": os.environ["HOME"],
-        "HISTFILE": str(folder / "history"),
+        "HOME": folder,
         "INPUTRC": os.devnull,
         "LANG": "C.UTF-8",
         "TERM": "xterm-256color",
@@ -100,76 +109,64 @@ def play(url: str, folder: Path) -> str:
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
     try:
         whole = ""
-        for wanted, typed in SCENE:
-            whole += read_until(wanted, terminal)
+        for typed in SCENE:
+            whole += read(terminal, STORY if typed == STOP else None)
             os.write(terminal, typed.format(url=url).encode())
-        return whole
+        return whole + read(terminal)
     finally:
         os.close(terminal)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
-def read_until(wanted: str, terminal: int) -> str:
-    """Read what the shell prints until it matches, colours aside."""
+def read(terminal: int, enough: int | None = None) -> str:
+    """Read what is printed until a prompt waits, or `enough` characters have come."""
     output, deadline = b"", time.monotonic() + STEP_TIMEOUT
-    while True:
+    while time.monotonic() < deadline:
         text = output.decode(errors="ignore")
-        if re.search(wanted, ESCAPE.sub("", text)):
+        plain = ESCAPE.sub("", text)
+        if enough and len(plain) > enough:
             return text
-        left = max(0, deadline - time.monotonic())
-        if not select.select([terminal], [], [], left)[0]:
-            sys.exit(f"terminal: no {wanted!r} came, but {text!r}")
-        output += os.read(terminal, 65536)
+        if select.select([terminal], [], [], QUIET)[0]:
+            output += os.read(terminal, 65536)
+        elif plain.endswith(" "):
+            return text
+    sys.exit(f"terminal: no prompt came, but {text!r}")
 
 
 def emulate(output: str) -> list[Line]:
     """Give the lines as they stand at the end, those scrolled away too."""
     lines: list[Line] = [[]]
-    column, style, at = 0, "", 0
-    while at < len(output):
-        if found := ESCAPE.match(output, at):
-            at = found.end()
-            if found[2] == "m":
-                style = STYLES.get(found[1], "")
-            elif found[2] == "K":  # to the end of the line
-                del lines[-1][column:]
-            continue
-        character = output[at]
-        at += 1
-        if character == "\n":
+    column, style = 0, ""
+    for found in re.finditer(f"(?s){ESCAPE.pattern}|.", output):
+        text, line = found[0], lines[-1]
+        if found[2] == "m":
+            style = STYLES.get(found[1], "")
+        elif found[2] == "K":  # to the end of the line
+            del line[column:]
+        elif text == "\n":
             lines.append([])
-        elif character == "\r":
+        elif text == "\r":
             column = 0
-        elif character == "\b":
+        elif text == "\b":
             column -= 1
-        elif character >= " ":
+        elif text >= " ":
             if column == COLUMNS:
-                lines.append([])
+                lines.append(line := [])
                 column = 0
-            line = lines[-1]
             line += [(" ", "")] * (column - len(line))
-            line[column : column + 1] = [(character, style)]
+            line[column : column + 1] = [(text, style)]
             column += 1
     return lines
 
 
 def draw(lines: list[Line]) -> str:
-    height = TOP + LINE_HEIGHT * len(lines)
-    width = 2 * LEFT + CELL_WIDTH * COLUMNS
-    return SVG.format(
-        width=width,
-        height=height,
-        inner_width=width - 1,
-        inner_height=height - 1,
-        size=FONT_SIZE,
-        lines="\n".join(
-            f'<text x="{LEFT}" y="{TOP + LINE_HEIGHT * row}" xml:space="preserve">'
-            f"{spans(line)}</text>"
-            for row, line in enumerate(lines)
-            if line
-        ),
-    )
+    texts = [
+        f'<text x="40" y="{TOP + LINE_HEIGHT * row}">{spans(line)}</text>'
+        for row, line in enumerate(lines)
+        if line
+    ]
+    return SVG.format(height=TOP + LINE_HEIGHT * len(lines), lines="\n".join(texts))
 
 
 def spans(line: Line) -> str:
@@ -183,19 +180,16 @@ def spans(line: Line) -> str:
 
 def main() -> None:
     command = [sys.executable, str(HERE / "local_server.py"), "--with-parent"]
-    command += ["--port", str(PORT)]
+    command += ["--port", str(PORT), "--chat-template", TEMPLATE]
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
     ):
+        assert server.stdout
+        url = server.stdout.readline().strip()
+        shutil.copy(HERE.parent / "sse_chat.py", folder)
         try:
-            assert server.stdout is not None
-            url = server.stdout.readline().strip()
-            if not url:
-                sys.exit("terminal: the server did not start")
-            shutil.copy(HERE.parent / "sse_chat.py", folder)
-            Path(folder, "think.gbnf").write_text(GRAMMAR)
-            output = play(url, Path(folder))
+            output = play(url, folder) if url else sys.exit("terminal: no server")
         finally:
             server.terminate()
     picture = HERE / "terminal.svg"

@@ -26,24 +26,14 @@ TCP_CUTS = (65_536, 1_460)
 LARGE_CUTS = (*TCP_CUTS, BLOCK)
 TINY_CUTS = (16, 1)
 
+LAYOUT = "data: {}\n\n"
 DONE = b"data: [DONE]\n\n"
 ASCII_WORDS = (
     *("The", " quick", " brown", " fox", " jumps", " over", " the", " lazy", " dog"),
     *(".", " It", " isn't", ' "real"', ",", " but\n", " unbelievably", " so", "!"),
 )
 CJK_WORDS = (
-    "你好",
-    "，",
-    "世界",
-    "流",
-    "式",
-    "输出",
-    "很",
-    "快",
-    "。",
-    "日本",
-    "語",
-    "한국",
+    *("你好", "，", "世界", "流", "式", "输出", "很", "快", "。", "日本", "語", "한국"),
 )
 
 
@@ -110,8 +100,8 @@ def tool_payloads(count: int) -> list[str]:
     return payloads
 
 
-def _plain(name: str, payloads: Sequence[str], eol: str = "\n") -> Workload:
-    blocks = [f"data: {payload}{eol}{eol}".encode() for payload in payloads]
+def _plain(name: str, payloads: Sequence[str], layout: str = LAYOUT) -> Workload:
+    blocks = [layout.format(payload).encode() for payload in payloads]
     return Workload(name, blocks, [("message", payload, "") for payload in payloads])
 
 
@@ -122,11 +112,6 @@ def _named(payloads: Sequence[str]) -> Workload:
         blocks.append(f"event: {name}\nid: {event_id}\ndata: {payload}\n\n".encode())
         events.append((name, payload, event_id))
     return Workload("names and ids", blocks, events)
-
-
-def _commented(payloads: Sequence[str]) -> Workload:
-    blocks = [f": keep-alive\n\ndata: {payload}\n\n".encode() for payload in payloads]
-    return Workload("comments", blocks, [("message", text, "") for text in payloads])
 
 
 def _many_lines(count: int, lines: int = 20) -> Workload:
@@ -146,11 +131,7 @@ CHAT_WORKLOADS = ("chat, ASCII", "chat, CJK")
 
 
 def decode_workloads(chats: int, others: int, large: int) -> list[Workload]:
-    """Every kind of stream.
-
-    `chats` and `others` are numbers of events, `large` is the size of the one large
-    event in bytes.
-    """
+    """Every kind of stream; numbers of events, and the bytes of the one large event."""
     ascii_payloads = text_payloads(chats, ASCII_WORDS)
     ascii_name, cjk_name = CHAT_WORKLOADS
     return [
@@ -158,36 +139,24 @@ def decode_workloads(chats: int, others: int, large: int) -> list[Workload]:
         _plain(cjk_name, text_payloads(chats, CJK_WORDS)),
         _plain("tool calls", tool_payloads(others)),
         _named(ascii_payloads[:others]),
-        _plain("CRLF", ascii_payloads[:others], eol="\r\n"),
-        _commented(ascii_payloads[:others]),
+        _plain("CRLF", ascii_payloads[:others], "data: {}\r\n\r\n"),
+        _plain("comments", ascii_payloads[:others], ": keep-alive\n\n" + LAYOUT),
         _many_lines(max(1, others // 4)),
         one_event(large),
     ]
 
 
-def answer_blocks(payloads: Sequence[str], finish_reason: str) -> list[bytes]:
-    """A whole streamed answer: the payloads, the finish chunk, [DONE]."""
-    finish = chunk_json({}, finish_reason)
-    blocks = [f"data: {payload}\n\n".encode() for payload in (*payloads, finish)]
-    return [*blocks, DONE]
+def answer(payloads: Sequence[str], finish_reason: str, name: str = "") -> Workload:
+    """A whole streamed answer: the payloads, the finish chunk, and [DONE], no event."""
+    chunks = _plain(name, [*payloads, chunk_json({}, finish_reason)])
+    return Workload(name, [*chunks.blocks, DONE], chunks.events)
 
 
 def typed_workloads(count: int) -> list[Workload]:
-    """Whole chat answers of `count` deltas; the events are those before [DONE]."""
+    """Whole chat answers of `count` deltas."""
     ascii_name, cjk_name = CHAT_WORKLOADS
-    answers = {
-        ascii_name: (text_payloads(count, ASCII_WORDS), "stop"),
-        cjk_name: (text_payloads(count, CJK_WORDS), "stop"),
-        "tool calls": (tool_payloads(count), "tool_calls"),
-    }
     return [
-        Workload(
-            name,
-            answer_blocks(payloads, finish_reason),
-            [
-                ("message", payload, "")
-                for payload in (*payloads, chunk_json({}, finish_reason))
-            ],
-        )
-        for name, (payloads, finish_reason) in answers.items()
+        answer(text_payloads(count, ASCII_WORDS), "stop", ascii_name),
+        answer(text_payloads(count, CJK_WORDS), "stop", cjk_name),
+        answer(tool_payloads(count), "tool_calls", "tool calls"),
     ]
