@@ -293,10 +293,13 @@ class SSEDecoder:
         size, limit, data = self._size, self._limit, self._data
         for line in lines:
             if not line:
-                if data:
-                    events.append(self._event_of(data))
-                    data.clear()
                 # No data, no event; but the id is kept, and the event type forgotten.
+                if data:
+                    joined = data[0] if len(data) == 1 else b"\n".join(data)
+                    text = joined.decode("utf-8", "replace")
+                    name = self._event or "message"
+                    events.append(ServerSentEvent(name, text, self._id, self._retry))
+                    data.clear()
                 self.last_event_id, self._event, self._retry = self._id, "", None
                 size = 0
                 continue
@@ -312,11 +315,6 @@ class SSEDecoder:
         if pending and size + len(pending) > limit:
             raise self._over(bytes(pending), events)
         return events
-
-    def _event_of(self, data: list[bytes]) -> ServerSentEvent:
-        joined = data[0] if len(data) == 1 else b"\n".join(data)
-        text = joined.decode("utf-8", "replace")
-        return ServerSentEvent(self._event or "message", text, self._id, self._retry)
 
     def _field(self, line: bytes, events: list[ServerSentEvent]) -> None:
         name, _, value = line.partition(b":")
