@@ -26,6 +26,7 @@ As a program: `python sse_chat.py "prompt"`, or `--demo` where no server is runn
 
 from __future__ import annotations
 
+import codecs
 import functools
 import importlib
 import inspect
@@ -580,10 +581,14 @@ def _encodable(text: Any) -> Any:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _characters(text: str) -> tuple[str, str]:
-    """Return what is whole of a text, and the half of a pair that it may end with."""
-    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-    return str(_encodable(text.removesuffix(half))), half
+def _joiner() -> Callable[..., str]:
+    """Return what does so for texts that come one by one: it holds back half a pair."""
+    decode = codecs.getincrementaldecoder("utf-16-le")("replace").decode
+
+    def join(text: str, final: bool = False) -> str:
+        return decode(text.encode("utf-16-le", "surrogatepass"), final)
+
+    return join
 
 
 def _arguments(sent: Any) -> Any:
@@ -1212,32 +1217,43 @@ def _merge(into: Json, more: Json, depth: int = 1) -> None:
 
 
 def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
-    """Split inline `<think>…</think>` out of a stream of strings, cut anywhere.
+    """Split off the `<think>…</think>` that a stream of strings begins with.
 
-    Gives pairs of (whether it is thinking, text), without the tags, and holds back only
-    what may be the beginning of one.
+    Gives pairs of (whether it is thinking, text), however the tags are cut, without the
+    two, the white space before them and the line ends after. Tags further on are text.
+    Holds back only what may be the beginning of a tag.
     """
-    thinking = False
-    held = ""
+    texts = iter(texts)
+    head: list[str] = []
+    begin = ""
     for text in texts:
-        text = held + text
-        at = 0
-        while (end := text.find(_THINK[thinking], at)) >= 0:
-            if end > at:
-                yield thinking, text[at:end]
-            at = end + len(_THINK[thinking])
-            thinking = not thinking
-        tag = _THINK[thinking]
-        most = min(len(tag) - 1, len(text) - at)
-        cut = len(text) - next(n for n in range(most, -1, -1) if text.endswith(tag[:n]))
-        held = text[cut:]
-        if at < cut:
-            yield thinking, text[at:cut]
+        head.append(text)
+        begin = (begin + text).lstrip()
+        if not "<think>".startswith(begin):
+            break
+    thinking = begin.startswith("<think>")
+    if thinking:
+        head = [begin.removeprefix("<think>")]
+    ends = "\n" if thinking else ""  # what the text does not begin with
+    held = ""
+    for text in itertools.chain(head, texts):
+        if thinking:
+            thought, end, text = (held + text).partition("</think>")
+            thinking = not end
+            held = "" if end else _beginning("</think>", thought)
+            if thought != held:
+                yield True, thought.removesuffix(held)
+        if text := text.lstrip(ends):
+            ends = ""
+            yield False, text
     if held:
-        yield thinking, held
+        yield True, held
 
 
-_THINK = {False: "<think>", True: "</think>"}  # what ends text, what ends thinking
+def _beginning(tag: str, text: str) -> str:
+    """Return the end of `text` that may be the beginning of `tag`, "" if none may."""
+    end = text[text.rfind("<") :] if "<" in text else ""
+    return end if tag.startswith(end) else ""
 
 
 # ------------------------------------------------------------------------------------
@@ -1516,7 +1532,9 @@ class _AnswerDecoder:
 
     def _take_json(self, payload: Any, text: str) -> Iterable[ChatCompletionChunk]:
         """Return a completion that came in one piece as one chunk."""
-        if self._lists_models and isinstance(payload.get("data", 0), list | None):
+        if self._lists_models:
+            if not isinstance(payload.get("data", ""), list | None):
+                raise self._invalid("JSON that is no list of models", text)
             ids = [model.get("id") for model in _dicts(payload["data"])]
             self._json = {"data": list(filter(_string, ids))}
             return []
@@ -2349,13 +2367,12 @@ class ChatStream(_Stream):
 
     def text(self) -> Iterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        half = ""
+        join = _joiner()
         for chunk in self:
-            text, half = _characters(half + chunk.text)
-            if text:
+            if text := join(chunk.text):
                 yield text
-        if half:
-            yield str(_encodable(half))
+        if text := join("", final=True):
+            yield text
 
     def close(self) -> None:
         """Close the connection, so that the server stops; what has come stays.
@@ -2396,13 +2413,12 @@ class AsyncChatStream(_Stream):
 
     async def text(self) -> AsyncIterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        half = ""
+        join = _joiner()
         async for chunk in self:
-            text, half = _characters(half + chunk.text)
-            if text:
+            if text := join(chunk.text):
                 yield text
-        if half:
-            yield str(_encodable(half))
+        if text := join("", final=True):
+            yield text
 
     async def aclose(self) -> None:
         """Close the connection, so that the server stops; what has come stays.
@@ -2819,8 +2835,9 @@ def _demo_tokens(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------
 
 _EXIT_CODES = """\
-exit codes: 0 the answer is whole; 1 an error of the server or the network; 2 wrong
-usage; 3 the answer was cut off, and what came is printed; 130 Ctrl-C
+exit codes: 0 the answer is whole; 1 an error of the server, the network or a file;
+2 wrong usage; 3 the answer is not whole (cut off, at the token limit, filtered), and
+what came is printed; 130 Ctrl-C
 
 environment: OPENAI_BASE_URL, OPENAI_API_KEY (no option takes the key: all users of a
 machine see options), OPENAI_MODEL, OLLAMA_HOST, NO_COLOR"""
@@ -2828,46 +2845,71 @@ machine see options), OPENAI_MODEL, OLLAMA_HOST, NO_COLOR"""
 _CHAT_HELP = '''\
 /clear         forget the conversation    /save FILE  write it as JSON messages
 /system TEXT   set the system message     /load FILE  read it back
-/model NAME    ask another model          /bye        leave, as Ctrl-D does
+/model NAME    ask another; alone: list   /bye        leave, as Ctrl-D does
 """            begins and ends a text of several lines; Ctrl-C stops an answer'''
+
+_NOT_WHOLE = {"length": "the token limit", "content_filter": "a content filter"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    args = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
         with ExitStack() as stack:
-            url, client = _base_url(args.base_url), None
-            if args.demo:  # no proxy that the environment names leads to this process
-                url = stack.enter_context(demo_server(delay=0.02))
-                client = _load_httpx().Client(trust_env=False, verify=_tls(False))
-                stack.enter_context(client)
-            chat = ChatClient(base_url=url, timeout=args.timeout, client=client)
-            code = _Terminal(args, stack.enter_context(chat)).run()
-            sys.stdout.flush()
-            return code
+            _prepare_streams()
+            stack.callback(sys.stdout.flush)
+            args = _parser().parse_intermixed_args(argv)
+            args.base_url = _base_url(args.base_url)
+            if args.demo:
+                os.environ["no_proxy"] = "*"  # none leads to this process
+                args.base_url = stack.enter_context(demo_server(delay=0.02))
+            client = ChatClient(base_url=args.base_url, timeout=args.timeout)
+            return _Terminal(args, stack.enter_context(client)).run()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # who reads us has left: so do we, without a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except TruncatedStreamError as error:
-        return _complain(error, 3)
-    except (APIError, OSError) as error:
-        return _complain(error, 1)
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
-        return _complain(error, 2)
+    except OSError as error:
+        if sys.stdout is not None:  # what it did not take is written again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who reads us may have left: so do we, without a word.
+        return 141 if isinstance(error, BrokenPipeError) else _complain(error)
+    except (APIError, ValueError, TypeError, ModuleNotFoundError) as error:
+        return _complain(error)
 
 
-def _complain(error: Exception, code: int) -> int:
-    text = " ".join(str(error).split())
-    if isinstance(error, APIConnectionError):
-        text = text.replace("base_url or", "--base-url,") + ", or try --demo"
+def _prepare_streams() -> None:
+    """Replace what `<&-` and `2>&-` closed. Raises OSError without an output."""
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _complain(error: Exception) -> int:
+    """Tell what was said, and in a second line what to do; return the exit code."""
+    said = getattr(error, "message", str(error))
+    advice = str(error).replace(said, "", 1).strip(" :;")
+    if type(error) is APIConnectionError:
+        advice = f"{advice}; --demo needs no server"
+    _tell(said, advice.replace("base_url", "--base-url"))
+    if isinstance(error, TruncatedStreamError):
+        return 3
+    return 1 if isinstance(error, (APIError, OSError)) else 2
+
+
+def _tell(*lines: str) -> None:
+    """Print lines about the answer, or in its place, on standard error."""
+    text = "\n".join(" ".join(line.split()) for line in lines if line)
     print(f"sse_chat: {_printable(text)}", file=sys.stderr)
-    return code
+
+
+_CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+
+
+def _printable(text: str) -> str:
+    """Return text that cannot steer a terminal: control and bidi characters escaped."""
+    return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2880,336 +2922,315 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, flag = (
-        parser.add_argument,
-        functools.partial(parser.add_argument, action="store_true"),
-    )
-    add("prompt", nargs="?", help="what to ask; - for standard input alone")
+    add = parser.add_argument
+    flag = functools.partial(add, action="store_true")
+    add("prompt", nargs="*", help="what to ask; - for standard input alone")
     add("-m", "--model", help="default: OPENAI_MODEL, else the first the server lists")
     add("-s", "--system", metavar="TEXT", help="a system message")
     add("-u", "--base-url", metavar="URL", help=f"default: {DEFAULT_BASE_URL}")
-    option = "goes into the request; VALUE as JSON, else as text; repeatable"
-    add(
-        "-o",
-        "--option",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        type=_option,
-        help=option,
-    )
+    what = "goes into the request; VALUE as JSON, else as text; repeatable"
+    add("-o", "--option", metavar="KEY=VALUE", action="append", type=_option, help=what)
     flag("--json", help="print the server's chunks, one a line")
     flag("--no-stream", help="ask for the answer in one piece")
-    flag("--usage", help="tell tokens and times on standard error")
+    flag("--usage", help="tell model, tokens and times on standard error")
     flag("--hide-reasoning", help="do not show it on standard error")
-    add(
-        "--timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT,
-        metavar="SECONDS",
-        help="the longest silence of the server, default 600",
-    )
+    what = "the longest silence of the server in seconds, default 600"
+    add("--timeout", type=float, default=DEFAULT_TIMEOUT, help=what)
     flag("--list-models", help="print the server's models")
-    flag("--dry-run", help="print the request, and send nothing")
+    flag("--dry-run", help="print the request in place of sending it")
     flag("--demo", help="ask a demo server inside this program")
     add("--version", action="version", version=f"sse_chat {__version__}")
     return parser
 
 
 def _option(text: str) -> tuple[str, Any]:
+    from argparse import ArgumentTypeError
+
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise ValueError
+        raise ArgumentTypeError("-o wants KEY=VALUE")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
 def _base_url(given: str | None) -> str | None:
     """Return where to ask: as given, else OPENAI_BASE_URL, else OLLAMA_HOST.
 
-    The last in Ollama's forms: host, host:port, :port, an IPv6 address, with a scheme
-    or without; 0.0.0.0 is where it listens, not where to ask.
+    Of the last any part may be missing; 0.0.0.0 is where Ollama listens.
     """
     text = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
     if given or os.environ.get("OPENAI_BASE_URL", "").strip() or not text:
         return given
-    scheme, _, rest = text.rpartition("://")
-    host, slash, path = rest.partition("/")
-    name, _, port = host.rpartition(":")
-    bare_ipv6 = host.count(":") > 1 and not host.startswith("[")
-    if bare_ipv6 or not port.isdigit():
-        name = host if bare_ipv6 else host.rstrip(":")
-        port = {"http": "80", "https": "443"}.get(scheme, "11434")
-    name = name.strip("[]")
-    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-    name = f"[{name}]" if ":" in name else name
-    return f"{scheme or 'http'}://{name}:{port}{(slash + path).rstrip('/')}/v1"
-
-
-_CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-
-
-def _printable(text: str) -> str:
-    """Return text that cannot steer a terminal: control and bidi characters escaped."""
-    return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
+    forms = r"(?s)\A(?:(\w+)://)?(\[.*\]|[^/:]*|[^/]*)(?::(\d*))?(/.*)?\Z"
+    scheme, host, port, path = re.findall(forms, text)[0]
+    port = port or {"http": "80", "https": "443"}.get(scheme, "11434")
+    host = host.strip("[]")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host) or host
+    host = f"[{host}]" if ":" in host else host
+    return f"{scheme or 'http'}://{host}:{port}{path.rstrip('/')}/v1"
 
 
 class _Terminal:
-    """One run of the program: what it asks, and how it shows the answer."""
+    """One run of the program: what it asks, and how it shows the answers."""
 
     def __init__(self, args: argparse.Namespace, client: ChatClient) -> None:
         self.args = args
         self.client = client
         self.model = args.model or os.environ.get("OPENAI_MODEL") or None
-        self.stream: ChatStream | None = None
-        self.spinner: _Spinner | None = None
+        self.system = args.system
+        self.messages: list[Json] = []
         self.open_lines: set[Any] = set()  # outputs whose last line has no end yet
-        self.first_token = 0.0
-        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if colour else ("", "")
+        self.stop_spinner: Callable[[], None] = lambda: None
 
     def run(self) -> int:
         if self.args.list_models:
-            self.show("".join(f"{name}\n" for name in self.models()))
+            self.show("".join(f"{name}\n" for name in self.client.models()))
             return 0
         prompt = self.prompt()
-        if self.args.dry_run:
-            self.show(self.dry_run(prompt or ""))
-            return 0
         if self.model is None:
             with suppress(APIStatusError):  # no list: perhaps it needs no name
-                self.model = next(iter(self.models()), None)
-        if prompt is None:
-            return _Conversation(self).run()
-        self.answer(_messages(prompt, self.args.system))
-        return 0
+                self.model = next(iter(self.client.models()), None)
+            if self.model and sys.stderr.isatty():
+                _tell(f"asking {self.model}")
+        if self.args.dry_run:
+            return self.dry_run(prompt)
+        return self.answer(prompt) if prompt else self.converse()
 
-    def prompt(self) -> str | None:
-        """Return standard input and the argument as a text, None for a conversation."""
-        given = self.args.prompt
-        if sys.stdin is None or (sys.stdin.isatty() and given != "-"):
-            return str(given) if given else None
+    def prompt(self) -> str:
+        """Return standard input and the words as one text, "" for a conversation."""
+        words = " ".join(self.args.prompt)
+        if sys.stdin.isatty() and words != "-":
+            return words
         try:
             piped = sys.stdin.buffer.read().decode().strip("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"standard input is not UTF-8: {error}") from None
-        text = "\n\n".join(part for part in (piped, given) if part and part != "-")
+        text = "\n\n".join(filter(None, (piped, words if words != "-" else "")))
         if not text:
-            raise ValueError("no prompt, neither as an argument nor on standard input")
+            raise ValueError("no prompt, neither as words nor on standard input")
         return text
 
-    def request(self, messages: Messages) -> _Call:
-        request = self.client._call(messages, {"model": self.model})
+    def options(self) -> Json:
+        """Return what goes into each request beside the messages."""
+        options: Json = {"model": self.model, "system": self.system}
         if self.args.usage and not self.args.no_stream:
-            request.body["stream_options"] = {"include_usage": True}
-        request.body.update(self.args.option)
-        return request.in_one_piece() if self.args.no_stream else request
+            options["stream_options"] = {"include_usage": True}
+        return options | dict(self.args.option or ())
 
-    def models(self) -> list[str]:
-        """Ask the server for the names of its models."""
-        return self.client.models()
-
-    def dry_run(self, prompt: str) -> str:
-        """Return the request, and a curl command that sends it, without the key."""
+    def dry_run(self, prompt: str) -> int:
+        """Show the request, and a curl command that sends it, without secrets."""
         import shlex
 
-        request = self.request(_messages(prompt, self.args.system))
-        key = request.headers.pop("authorization", None)
-        curl = ["curl", "-N", request.url, "-d", request.content().decode()]
-        curl += [
-            word for k, v in request.headers.items() for word in ("-H", f"{k}: {v}")
-        ]
-        command = shlex.join(curl)
+        call = _Call(prompt, base_url=self.args.base_url, **self.options())
+        call = call.in_one_piece() if self.args.no_stream else call
+        key = call.headers.pop("authorization", None)
+        words = [f"-H{name}: {value}" for name, value in call.headers.items()]
+        words += ["-d", json.dumps(call.body), call.shown_url]
+        curl = f"curl -N {shlex.join(words)}"
+        if "?" in call.url:
+            curl += '"?$QUERY"'
         if key:
-            request.headers["authorization"] = "[key]"
-            command += ' -H "Authorization: Bearer $OPENAI_API_KEY"'
-        shown = {"url": request.url, "headers": request.headers, "body": request.body}
-        return f"{json.dumps(shown, indent=2, ensure_ascii=False)}\n\n{command}\n"
+            call.headers["authorization"] = "[key]"
+            bearer = '-H "Authorization: Bearer $OPENAI_API_KEY"'
+            curl += ' -u "$USER_AND_PASSWORD"' if call.login else f" {bearer}"
+        shown = {"url": call.shown_url, "headers": call.headers, "body": call.body}
+        self.show(f"{json.dumps(shown, indent=2, ensure_ascii=False)}\n\n{curl}\n")
+        return 0
 
-    def answer(self, messages: Messages) -> None:
-        """Ask, and show the answer as it comes."""
-        self.stream = stream = ChatStream(self.request(messages))
-        started = time.monotonic()
-        self.first_token = 0.0
-        self.spinner = spinner = _Spinner()
+    def answer(self, prompt: str) -> int:
+        """Ask, show the answer as it comes, and keep it; return the exit code."""
+        self.messages.append({"role": "user", "content": prompt})
+        self.whole, self.times = ChatAccumulator(), [time.monotonic()]
+        self.failure: APIError | None = None
+        self.stop_spinner = _spin()
+        said = ""
         try:
-            if self.args.json:
-                for chunk in stream:
-                    self.show(json.dumps(chunk.raw) + "\n")
-            thought = False
-            for thinking, text in split_thinking(self.texts(stream)):
-                if thought and not thinking:  # the blank lines that end the thinking
-                    text = text.lstrip("\n")
-                thought = thinking or (thought and not text)
-                self.show(text, thinking)
+            for thinking, text in split_thinking(self.texts()):
+                said += "" if thinking else text
+                if not self.args.json:
+                    self.show(text, thinking)
         finally:
-            spinner.stop()
-            if sys.stdout.isatty():
-                self.end_line(sys.stdout)
+            self.stop_spinner()
+            self.end_line(sys.stdout)
             self.end_line(sys.stderr)
-        if any(c.finish_reason == "length" for c in stream.completion.choices):
-            print("sse_chat: the answer ends where max_tokens is", file=sys.stderr)
-        if self.args.usage:
-            self.tell_usage(stream.completion.usage, started)
+            if said.strip():
+                self.messages.append({"role": "assistant", "content": said})
+            else:
+                self.messages.pop()
+        return self.conclude(self.whole.completion)
 
-    def texts(self, stream: ChatStream) -> Iterator[str]:
-        half = ""
-        for chunk in stream:
-            if chunk.reasoning:
-                self.show(str(_encodable(chunk.reasoning)), thinking=True)
-            refusals = [c.delta.refusal or "" for c in chunk.choices if c.index == 0]
-            text, half = _characters(half + chunk.text + "".join(refusals))
-            yield text
-        yield str(_encodable(half))
+    def texts(self) -> Iterator[str]:
+        """Ask, give the answer's text piece by piece, and show what else comes."""
+        join = _joiner()
+        try:
+            for chunk in self.chunks():
+                self.whole.add(chunk)
+                if chunk.text or chunk.reasoning:
+                    self.times.append(time.monotonic())
+                if self.args.json:
+                    self.show(json.dumps(chunk.raw) + "\n")
+                else:
+                    self.show(_encodable(chunk.reasoning), thinking=True)
+                refusals = (c.delta.refusal for c in chunk.choices if c.index == 0)
+                yield join(chunk.text + "".join(filter(None, refusals)))
+        except APIError as error:  # it is raised after what was held back of the text
+            self.failure = error
+            if self.args.no_stream:
+                yield error.completion.text
+        yield join("", final=True)
+
+    def chunks(self) -> Iterable[ChatCompletionChunk]:
+        if not self.args.no_stream:
+            return self.client.stream(self.messages, **self.options())
+        whole = self.client.generate(self.messages, **self.options())
+        return [ChatCompletionChunk.from_dict(whole.raw)]
+
+    def conclude(self, completion: ChatCompletion) -> int:
+        """Tell what there is to tell of an answer that has ended."""
+        if self.failure is not None:
+            raise self.failure
+        if self.args.usage:
+            self.times.append(time.monotonic())
+            _tell(f"{completion.model or self.model}: {self.spent(completion.usage)}")
+        for choice in completion.choices:
+            if limit := _NOT_WHOLE.get(choice.finish_reason or ""):
+                _tell(f"the answer is not whole: it stopped at {limit}")
+                return 3
+        return 0
+
+    def spent(self, usage: CompletionUsage | None) -> str:
+        """Tell tokens and times, as far as they are known and mean something."""
+        start, first, last, end = (self.times[at] for at in (0, 1, -2, -1))
+        told = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
+        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
+        if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
+            return told
+        if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
+            told += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
+        return f"{counts[0]} + {counts[1]} tokens, {told}"
 
     def show(self, text: str, thinking: bool = False) -> None:
+        """Print text on standard output, thinking on standard error, at once."""
         if not text or (thinking and self.args.hide_reasoning):
             return
-        self.first_token = self.first_token or time.monotonic()
-        if self.spinner is not None:
-            self.spinner.stop()
+        self.stop_spinner()
         if not thinking:
             self.end_line(sys.stderr)
         to = sys.stderr if thinking else sys.stdout
         shown = _printable(text) if to.isatty() else text
-        self.write(to, self.dim + shown + self.plain if thinking else shown)
-        self.open_lines.discard(to) if text.endswith("\n") else self.open_lines.add(to)
+        if thinking and to.isatty() and not os.environ.get("NO_COLOR"):
+            shown = f"\x1b[2m{shown}\x1b[0m"  # dim
+        print(shown, end="", file=to, flush=True)
+        self.open_lines.discard(to)
+        if not text.endswith("\n"):
+            self.open_lines.add(to)
 
     def end_line(self, to: Any) -> None:
         if to in self.open_lines:
-            self.open_lines.discard(to)
-            self.write(to, "\n")
+            self.open_lines.remove(to)
+            print(file=to, flush=True)
 
-    def write(self, to: Any, text: str) -> None:
-        to.write(text)
-        to.flush()
-
-    def tell_usage(self, usage: CompletionUsage | None, started: float) -> None:
-        now = time.monotonic()
-        first = self.first_token or now
-        waits = (first - started, now - started)
-        told = "first token after {:.2f} s, all after {:.2f} s".format(*waits)
-        if usage is not None:
-            spent = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
-            rate = usage.completion_tokens / max(now - first, 0.001)
-            told = f"{spent}, {told}, {rate:.1f} tokens/s"
-        print(told, file=sys.stderr)
-
-
-class _Spinner:
-    """Turns on a terminal's standard error until it is stopped, and leaves no trace."""
-
-    def __init__(self) -> None:
-        import threading
-
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.turn, daemon=True)
-        if sys.stderr.isatty():
-            self.thread.start()
-
-    def turn(self) -> None:
-        for frame in itertools.cycle("|/-\\"):
-            if self.over.wait(0.1):
-                break
-            sys.stderr.write(f"\r{frame}")
-            sys.stderr.flush()
-        sys.stderr.write("\r \r")
-        sys.stderr.flush()
-
-    def stop(self) -> None:
-        self.over.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-
-class _Conversation:
-    """Turns of a chat at a terminal."""
-
-    def __init__(self, terminal: _Terminal) -> None:
-        self.terminal = terminal
-        self.system = terminal.args.system
-        self.messages: list[Json] = []
-
-    def run(self) -> int:
-        try:
-            import readline  # from here on `input` has line editing and a history
-        except ImportError:
-            readline = None  # type: ignore[assignment]
-        print(
-            _printable(f"{self.terminal.model or 'chat'}: /? for help, Ctrl-D to leave")
-        )
+    def converse(self) -> int:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - `input` then edits lines and has a history
+        self.show("/? for help, Ctrl-D to leave\n")
         while True:
-            begun: list[str] = []
             try:
-                text = self.read(begun)
-                if text == "/bye":
-                    return 0
-                if text.startswith("/"):
+                text = input(">>> ")
+                if quoted := text.startswith('"""'):
+                    while text.count('"""') < 2:
+                        text += "\n" + input("... ")
+                    text = text.replace('"""', "").strip("\n")
+                if text.startswith("/") and not quoted:
                     name, _, value = text.partition(" ")
-                    self.command(name, value.strip())
+                    self.show(self.command(name, value.strip()) + "\n")
                 elif text.strip():
-                    self.turn(text)
+                    with suppress(KeyboardInterrupt):  # which stops the answer alone
+                        self.answer(text)
             except EOFError:
-                print()
+                self.show("\n")
                 return 0
             except KeyboardInterrupt:
-                print()
-                if not (begun or (readline and readline.get_line_buffer())):
-                    return 130
-            except (OSError, ValueError) as error:
-                _complain(error, 1)
+                self.show("\n/bye or Ctrl-D to leave\n")
+            except (APIError, ValueError, TypeError) as error:
+                _complain(error)
 
-    def read(self, lines: list[str]) -> str:
-        lines.append(input(">>> ")) if not lines else None
-        if lines[0].startswith('"""'):
-            while "\n".join(lines).count('"""') < 2:
-                lines.append(input("... "))
-        text = "\n".join(lines)
-        lines.clear()
-        return text.replace('"""', "").strip("\n") if text.startswith('"""') else text
-
-    def command(self, name: str, value: str) -> None:
+    def command(self, name: str, value: str) -> str:
+        """Obey; return what to say then. Raises ValueError if it cannot be done."""
+        if name == "/bye":
+            raise EOFError
+        if name == "/?":
+            return _CHAT_HELP
         if name == "/clear":
             self.messages.clear()
-        elif name == "/system":
-            self.system = value or None
-        elif name == "/model" and value:
-            self.terminal.model = value
-        elif name == "/save" and value:
-            with open(value, "w", encoding="utf-8") as file:
-                said = _messages(self.messages, self.system)
-                json.dump(said, file, ensure_ascii=False, indent=1)
-        elif name == "/load" and value:
-            with open(value, encoding="utf-8") as file:
-                loaded = _dicts(json.load(file))
-            if not loaded or not all("role" in message for message in loaded):
-                raise ValueError(f"{value} holds no list of messages")
-            said = [m for m in loaded if m["role"] != "system"]
-            system = [m.get("content") for m in loaded if m["role"] == "system"]
-            self.messages, self.system = said, system[0] if system else None
-        else:
-            print(_CHAT_HELP)
-
-    def turn(self, text: str) -> None:
-        """Ask, and keep what was said; an answer that is not whole has a mark."""
-        self.messages.append({"role": "user", "content": text})
-        mark = ""
+            return "the conversation is forgotten"
+        if name == "/system":
+            self.system = value
+            return "the system message is set" if value else "no system message"
+        if name == "/model":
+            self.model = value or self.model
+            return f"asking {value}" if value else "\n".join(self.client.models())
+        if name not in ("/save", "/load"):
+            raise ValueError(f'{name} is no command: /? tells them, """ begins a text')
         try:
-            self.terminal.answer(_messages(self.messages, self.system))
-        except KeyboardInterrupt:
-            mark = " [stopped here]"
-        except APIError as error:
-            _complain(error, 1)
-            mark = " [cut off here]"
-        stream = self.terminal.stream
-        said = split_thinking([stream.completion.text if stream else ""])
-        answer = "".join(part for thinking, part in said if not thinking).strip()
-        if answer:
-            self.messages.append({"role": "assistant", "content": answer + mark})
-        else:
-            self.messages.pop()
+            return self.save(value) if name == "/save" else self.load(value)
+        except OSError as error:
+            raise ValueError(error) from error
+
+    def save(self, name: str) -> str:
+        """Write the messages beside the file, then in its place: it is never half."""
+        from tempfile import TemporaryDirectory
+
+        path = os.path.realpath(name)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"/save wants a file, and {name!r} is none")
+        messages = _messages(self.messages, self.system)
+        text = json.dumps(messages, ensure_ascii=False, indent=1)
+        with TemporaryDirectory(dir=os.path.dirname(path)) as beside:
+            with open(f"{beside}/messages", "w", encoding="utf-8") as file:
+                file.write(_encodable(text))
+            os.replace(file.name, path)
+        return f"saved {len(messages)} messages to {name}"
+
+    def load(self, name: str) -> str:
+        """Take the messages of a file, all of them or none."""
+        try:
+            with open(name, encoding="utf-8") as file:
+                messages = json.load(file)
+            json.dumps(messages, allow_nan=False)  # what cannot be sent is not taken
+            if type(messages) is not list or not all(m["role"] for m in messages):
+                raise ValueError
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{name} holds no list of messages") from None
+        first = [m.get("content") for m in messages[:1] if m["role"] == "system"]
+        self.system, self.messages = first[0] if first else None, messages[len(first) :]
+        return f"loaded {len(messages)} messages from {name}"
+
+
+def _spin() -> Callable[[], None]:
+    """Turn a spinner at a terminal; return what stops it, and leaves no trace."""
+    if not sys.stderr.isatty():
+        return lambda: None
+    import threading
+
+    over = threading.Event()
+
+    def turn() -> None:
+        for frame in itertools.cycle("|/-\\"):
+            if over.wait(0.1):
+                break
+            print(f"\r{frame}", end="", file=sys.stderr, flush=True)
+        print("\r \r", end="", file=sys.stderr, flush=True)
+
+    def stop() -> None:
+        over.set()
+        thread.join()
+
+    thread = threading.Thread(target=turn, daemon=True)
+    thread.start()
+    return stop
 
 
 if __name__ == "__main__":

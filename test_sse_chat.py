@@ -26,7 +26,6 @@ import pickle
 import random
 import re
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -1381,26 +1380,27 @@ def runs(parts: Iterable[tuple[bool, str]]) -> list[tuple[bool, str]]:
     return made
 
 
-def thinking_and_text(text: str) -> Iterable[tuple[bool, str]]:
-    thinking = False
-    while text:
-        part, tag, text = text.partition("</think>" if thinking else "<think>")
-        if part:
-            yield thinking, part
-        thinking ^= bool(tag)
+def thinking_and_text(text: str) -> list[tuple[bool, str]]:
+    """The rule as one expression, for a text that is whole."""
+    found = re.fullmatch(r"\s*<think>(.*?)(</think>\n*(.*))?", text, re.DOTALL)
+    parts = [(True, found[1]), (False, found[3])] if found else [(False, text)]
+    return [(thinking, part) for thinking, part in parts if part]
 
 
 THINKING = [
-    ("a < b </thin> c", [(False, "a < b </thin> c")]),
     ("<think>a</think>b", [(True, "a"), (False, "b")]),
-    ("a<think>b</think>c", [(False, "a"), (True, "b"), (False, "c")]),
-    ("<think>a</think><think>b</think>", [(True, "ab")]),
-    ("a<think>b", [(False, "a"), (True, "b")]),
+    (" \n<think>\na\n</think>\n\n b\n", [(True, "\na\n"), (False, " b\n")]),
+    ("\n\n  a", [(False, "\n\n  a")]),
+    ("strip <think> tags. Done.", [(False, "strip <think> tags. Done.")]),
+    ("a<think>b</think>c", [(False, "a<think>b</think>c")]),
+    ("<think>a</think>b<think>c", [(True, "a"), (False, "b<think>c")]),
+    ("<think>a</think></think>b", [(True, "a"), (False, "</think>b")]),
+    ("<think><think></think>b</think>", [(True, "<think>"), (False, "b</think>")]),
+    ("<think></ </</think>b", [(True, "</ </"), (False, "b")]),
     ("<think>a</thi", [(True, "a</thi")]),
-    ("<think></think>a", [(False, "a")]),
-    ("a</think>b", [(False, "a</think>b")]),
-    ("<think><think></think>", [(True, "<think>")]),
-    ("<<think>></</think>", [(False, "<"), (True, "></")]),
+    ("<think></think>\n", []),
+    (" <thi", [(False, " <thi")]),
+    ("<<think>a", [(False, "<<think>a")]),
     ("<THINK>a", [(False, "<THINK>a")]),
     ("", []),
 ]
@@ -1408,25 +1408,26 @@ THINKING = [
 
 @pytest.mark.parametrize(("text", "expected"), THINKING)
 def test_thinking(text: str, expected: list[tuple[bool, str]]) -> None:
-    assert runs(thinking_and_text(text)) == expected
-    assert runs(split_thinking(text)) == expected
+    assert thinking_and_text(text) == expected
     for at in range(len(text) + 1):
         assert runs(split_thinking([text[:at], "", text[at:]])) == expected
 
 
-TAGS = st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", "/", "a"])
+TAGS = st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", "/", "a", " ", "\n"])
 
 
-@given(cuttings(st.lists(TAGS).map("".join)))
-def test_thinking_is_the_same_however_cut(pieces: list[str]) -> None:
-    assert runs(split_thinking(pieces)) == runs(thinking_and_text("".join(pieces)))
+@given(cuttings(st.lists(TAGS).map("".join)), st.sampled_from(["", " \n<think>"]))
+def test_thinking_is_the_same_however_cut(pieces: list[str], begin: str) -> None:
+    whole = thinking_and_text(begin + "".join(pieces))
+    assert runs(split_thinking([*begin, *pieces])) == whole
 
 
-def test_text_that_begins_no_tag_is_not_held_back() -> None:
-    texts = iter(["a", "b <", "c", "<th", "x"])
+def test_only_what_may_begin_a_tag_is_held_back() -> None:
+    texts = iter(["<think>a", "b <", "c </thi", "x</think>", "d <", "e"])
     parts = split_thinking(texts)
-    assert [next(parts), next(parts)] == [(False, "a"), (False, "b ")]
-    assert next(texts) == "c"
+    thought = [(True, "a"), (True, "b "), (True, "<c "), (True, "</thix")]
+    assert [next(parts) for _ in range(5)] == [*thought, (False, "d <")]
+    assert next(texts) == "e"
 
 
 # ------------------------------------------------------------------------------------
@@ -3517,6 +3518,8 @@ END = (event(finish="stop"), DONE)
 THOUGHTS = (event(reasoning="Let me "), event(reasoning="see."), event("<thi"))
 THOUGHTFUL = (*THOUGHTS, event("nk>and think</think>Hel"), event("lo"), *END)
 CUT = (event("Hel"), event("lo"))
+FULL = http(*CUT, event(finish="length"), DONE)
+FILTERED = http(*CUT, event(finish="content_filter"), DONE)
 REPLY = {"role": "assistant", "content": "<think>hm</think>Hello"}
 SPENT = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 PIECE = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
@@ -3524,33 +3527,103 @@ PIECE["choices"] = [{"index": 0, "message": REPLY, "finish_reason": "stop"}]
 PIECE["usage"] = SPENT
 
 
-def test_answer_alone_on_stdout_reasoning_on_stderr(cli):
-    with serve(http(*THOUGHTFUL)) as server:
-        assert run(*to(server), "hi") == (0, b"Hello", b"Let me see.and think\n")
-        assert cli(*to(server), "--hide-reasoning", "hi") == (0, "Hello", "")
+def said(*pieces: str | None, **delta: Any) -> bytes:
+    return http(*(event(piece, **delta) for piece in pieces), *END)
+
+
+def silent(connection: socket.socket, number: int) -> None:
+    connection.sendall(chunked(*CUT, end=False))
+    connection.recv(1)
+
+
+BETWEEN = http(CUT[0], THOUGHTS[1], CUT[1], DONE)
+TAG = "strip <think> tags, then return. Done."
+SPACED = " \n<think>\nhm\n</think>\n\n  Hello\n"
+
+# The answer; exit code and standard output; the reasoning and the words of ours that
+# are on standard error, the first of those as a regular expression.
+ANSWERS = {
+    "whole": (http(*HELLO), 0, "Hello\n", "", ""),
+    "in one piece": (json_response(PIECE), 0, "Hello\n", "hm\n", ""),
+    "thinking": (http(*THOUGHTFUL), 0, "Hello\n", "Let me see.and think\n", ""),
+    "thinking alone": (said(None, reasoning="hm"), 0, "", "hm\n", ""),
+    "thinking between": (BETWEEN, 0, "Hello\n", "see.\n", ""),
+    "white space": (said(SPACED), 0, "  Hello\n", "\nhm\n", ""),
+    "a tag in the text": (said(TAG), 0, TAG + "\n", "", ""),
+    "lines kept": (said("\n\n", " Hi", "\n\n"), 0, "\n\n Hi\n\n", "", ""),
+    "half characters": (said("\ud83d", "\ude42 \ud83d"), 0, "🙂 �\n", "", ""),
+    "a refusal": (said(None, refusal="No."), 0, "No.\n", "", ""),
+    "refused": (refused("no \x07such thing"), 1, "", "", r"no \\x07such thing\n"),
+    "broke": (http(*CUT, b'data: {"error": "oh"}\n\n'), 1, "Hello\n", "", "oh\n"),
+    "hung up": (b"", 1, "", "", ".*127.0.0.1"),
+    "HTML": (http(b"<html>", kind="text/html"), 1, "", "", ".*text/html"),
+    "torn": (chunked(*CUT, end=False), 3, "Hello\n", "", ".*cut off"),
+    "unfinished": (http(*CUT), 3, "Hello\n", "", ".*cut off"),
+    "torn JSON": (json_response(PIECE)[:-20], 3, "", "", ".*cut off"),
+    "torn in a tag": (http(event("<thi")), 3, "<thi\n", "", ".*cut off"),
+    "silent": (silent, 3, "Hello\n", "", "."),
+    "full": (FULL, 3, "Hello\n", "", ".*stopped at the token limit\n"),
+    "filtered": (FILTERED, 3, "Hello\n", "", ".*stopped at a content filter\n"),
+}
+
+
+@pytest.mark.parametrize("how", ["", "--no-stream", "--hide-reasoning", "--json"])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answer(cli, name, how):
+    answer, code, text, reasoning, told = ANSWERS[name]
+    timeout = ["--timeout", "0.3"] if answer is silent else []
+    with serve(answer) as server:
+        got, out, err = cli(*to(server), *timeout, *how.split(), "hi")
+    if how == "--json":  # what came stays printed, as it came
+        chunks = map(ChatCompletionChunk.from_dict, map(json.loads, out.splitlines()))
+        assert text.strip() in accumulate(chunks).text or name == "a refusal"
+    else:
+        assert out == text
+    assert got == code
+    # What was said comes first, what to do may come in a second line.
+    told = rf"sse_chat: {told}[^\n]*\n?([^\n]+\n)?" if told else ""
+    shown = how in ("", "--no-stream")
+    assert re.fullmatch(re.escape(reasoning * shown) + told, err)
+
+
+# Arguments and standard input; the exit code, and what standard error says.
+UNASKED = [
+    ("hi --nothing", b"", 2, "--nothing"),
+    ("hi --api-key sk", b"", 2, "--api-key"),
+    ("hi -o temperature", b"", 2, "-o wants KEY=VALUE"),
+    ("hi -o =1", b"", 2, "-o wants KEY=VALUE"),
+    ("hi -o api_key=sk", b"", 2, "api_key"),
+    ("hi --timeout soon", b"", 2, "--timeout"),
+    ("hi --timeout 0", b"", 2, "timeout"),
+    ("hi -u http://host:port/v1", b"", 2, "http://"),
+    ("-", b"\xff\xfe\x00", 2, "UTF-8"),
+    ("-", b"a\xe9", 2, "UTF-8"),
+    ("-", b"", 2, "no prompt"),
+    ("hi", b"", 1, f"{NOBODY}.*\n.*ollama serve.*--base-url.*--demo"),
+]
+
+
+@pytest.mark.parametrize(("args", "stdin", "code", "told"), UNASKED)
+def test_what_cannot_be_asked_is_told(cli, args, stdin, code, told):
+    got, out, err = cli("-m", "m", "-u", NOBODY, *args.split(), stdin=stdin)
+    assert (got, out) == (code, "")
+    assert re.search(told, err)
 
 
 @pytest.mark.parametrize(
-    ("argument", "stdin", "prompt"),
+    ("words", "stdin", "prompt"),
     [
-        (["sum up"], "a\nb 你好\n", "a\nb 你好\n\nsum up"),
-        (["sum up"], "", "sum up"),
-        (["-"], "from the pipe\n", "from the pipe"),
-        ([], "from the pipe\n", "from the pipe"),
+        ("sum up", "a\nb 你好\n", "a\nb 你好\n\nsum up"),
+        ("-", "from the pipe\n", "from the pipe"),
+        ("", "from the pipe\n", "from the pipe"),
+        ("why --usage is it - so", "", "why is it - so"),
+        ("sum up", "-\n", "-\n\nsum up"),
     ],
 )
-def test_stdin_before_the_argument(cli, argument, stdin, prompt):
+def test_stdin_before_the_words(cli, words, stdin, prompt):
     with serve(http(*HELLO)) as server:
-        code, out, _ = cli(*to(server), *argument, stdin=stdin.encode())
-        assert (code, out, asked(server)) == (0, "Hello", [("user", prompt)])
-
-
-@pytest.mark.parametrize("stdin", [b"\xff\xfe\x00", b"a\xe9", b""])
-def test_unusable_stdin_is_wrong_usage(stdin):
-    with serve(http(*HELLO)) as server:
-        code, out, err = run(*to(server), "-", stdin=stdin)
-        assert (code, out, err.count(b"\n"), server.connections) == (2, b"", 1, 0)
-    assert (b"UTF-8" if stdin else b"no prompt") in err
+        code, out, _ = cli(*to(server), *words.split(), stdin=stdin.encode())
+        assert (code, out, asked(server)) == (0, "Hello\n", [("user", prompt)])
 
 
 def test_each_chunk_is_flushed_and_a_closed_pipe_is_quiet():
@@ -3571,12 +3644,26 @@ def test_each_chunk_is_flushed_and_a_closed_pipe_is_quiet():
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("option", ["--dry-run", "--list-models"])
-def test_pipe_closed_before_a_short_output_is_quiet(option):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with serve(listed("m")) as server, open(writer, "wb") as stdout:
-        assert run(*to(server), option, "hi", stdout=stdout)[2] == b""
+DISK_FULL = b"sse_chat: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("redirect", "option", "expected"),
+    [
+        ("", "--no-stream", (0, b"Hello\n", b"hm\n")),
+        ("2>&-", "--no-stream", (0, b"Hello\n", b"")),
+        ("<&-", "--no-stream", (0, b"Hello\n", b"hm\n")),
+        (">&-", "--no-stream", (1, b"", b"sse_chat: standard output is closed\n")),
+        (">/dev/full", "--hide-reasoning", (1, b"", DISK_FULL)),
+        (">/dev/full", "--help", (1, b"", DISK_FULL)),
+        ("| true", "--dry-run", (0, b"", b"")),  # closed before there is output
+        ("| true", "--list-models", (0, b"", b"")),
+    ],
+)
+def test_closed_and_full_outputs(redirect, option, expected):
+    wrap = ["sh", "-c", f'exec "$@" {redirect}', "sh"]
+    with serve(json_response(PIECE | {"data": [{"id": "m"}]})) as server:
+        assert run(*to(server), option, "hi", wrap=wrap) == expected
 
 
 ASCII = ("PYTHONIOENCODING=ascii", "LC_ALL=C", "LC_ALL=C PYTHONUTF8=0")
@@ -3590,40 +3677,7 @@ def test_output_that_is_not_utf_8_never_crashes(env):
         args = to(server, "呢")  # the argument, too
         code, out, err = run(*args, stdin="吗".encode(), env=env)
         assert asked(server)[0][1].startswith("吗")
-    assert (code, out[-4:], b"Traceback" in err) == (0, b" end", False)
-
-
-@pytest.mark.parametrize("how", ["", "--json", "--no-stream"])
-@pytest.mark.parametrize(
-    ("answer", "code", "said", "told"),
-    [
-        (http(*HELLO), 0, "Hello", ""),
-        (refused("no such thing"), 1, "", "no such thing"),
-        (http(*CUT, b'data: {"error": "broke"}\n\n'), 1, "Hello", "broke"),
-        (b"", 1, "", "127.0.0.1"),
-        (chunked(*CUT, end=False), 3, "Hello", "cut off"),
-        (http(*CUT), 3, "Hello", "cut off"),
-        (json_response(PIECE)[:-20], 3, "", "cut off"),
-    ],
-    ids=["whole", "refused", "broke", "hung up", "torn", "unfinished", "torn JSON"],
-)
-def test_exit_code(cli, how, answer, code, said, told):
-    with serve(answer) as server:
-        got, out, err = cli(*to(server), *how.split(), "hi")
-    if how == "--json":  # what came stays printed
-        choices = [json.loads(line)["choices"][0] for line in out.splitlines()]
-        out = "".join(choice["delta"].get("content", "") for choice in choices)
-    assert (got, out, err.count("\n")) == (code, said, int(code > 0))
-    assert told in err
-
-
-WRONG = "--nothing, --api-key sk, -o temperature, -o =1, --timeout soon, --timeout 0"
-
-
-@pytest.mark.parametrize("args", [*WRONG.split(", "), "more", "-u http://host:port/v1"])
-def test_wrong_usage_is_2(cli, args):
-    code, out, err = cli("-m", "m", "-u", NOBODY, "hi", *args.split())
-    assert (code, out, bool(err)) == (2, "", True)
+    assert (code, out[-5:], b"Traceback" in err) == (0, b" end\n", False)
 
 
 @pytest.mark.parametrize("how", ["", "--json", "--no-stream"])
@@ -3649,13 +3703,6 @@ def test_ctrl_c_is_130(how):
         assert left.wait(PATIENCE)
 
 
-def test_a_server_that_is_not_there_is_told_in_one_line():
-    code, out, err = run("-u", NOBODY, "hi")
-    assert (code, out, err.count(b"\n")) == (1, b"", 1)
-    for word in (NOBODY, "ollama serve", "--base-url", "--demo"):
-        assert word in err.decode()
-
-
 # ------------------------------------------------------------------------------------
 # Options, environment, start-up
 # ------------------------------------------------------------------------------------
@@ -3663,80 +3710,95 @@ def test_a_server_that_is_not_there_is_told_in_one_line():
 
 def test_options_are_in_the_request(cli):
     options = ["-o", "temperature=0.2", "-o", 'stop=["\\n"]', "-o", "user=a b=c"]
+    options += ["-o", "deep=" + 9999 * "["]  # what is no JSON is text
     with serve(http(*HELLO)) as server:
         cli(*to(server), "-s", "be brief", *options, "hi")
         cli("--model", "m", "--system", "s", "--base-url", server.url, "hi")
         body = json.loads(server.bodies[0])
         assert asked(server, 0) == [("system", "be brief"), ("user", "hi")]
         assert asked(server, 1) == [("system", "s"), ("user", "hi")]
-    assert (body["model"], body["stream"]) == ("m", True)
+    assert (body["model"], body["stream"], body["deep"][-1]) == ("m", True, "[")
     assert (body["temperature"], body["stop"], body["user"]) == (0.2, ["\n"], "a b=c")
 
 
-def test_json_is_the_chunks_of_the_server(cli):
+def test_json_is_what_the_server_sent(cli):
     strange = json.loads(event("\u2028🙂")[6:]) | {"timings": {"n": 1}}
-    answer = (b"data: %s\n\n" % json.dumps(strange).encode(), *HELLO)
-    with serve(http(*answer)) as server:
-        code, out, err = cli(*to(server), "--json", "hi")
-    chunks = [json.loads(line) for line in out.rstrip("\n").split("\n")]
-    assert chunks == [strange, *(json.loads(data[6:]) for data in HELLO[:-1])]
-    assert (code, err) == (0, "")
-
-
-def test_no_stream_and_usage(cli):
-    usage = b'data: {"choices": [], "usage": %s}\n\n' % json.dumps(SPENT).encode()
-
-    def handle(connection, number):
-        streamed = json.loads(server.bodies[-1]).get("stream")
-        piece = json_response(PIECE)
-        connection.sendall(http(*HELLO[:-1], usage, DONE) if streamed else piece)
-
-    with serve(handle) as server:
-        assert cli(*to(server), "--no-stream", "hi") == (0, "Hello", "hm\n")
-        code, out, _ = cli(*to(server), "--no-stream", "--json", "hi")
-        assert (code, json.loads(out)) == (0, PIECE)
+    answer = http(b"data: %s\n\n" % json.dumps(strange).encode(), *HELLO)
+    with serve(answer) as server:
+        lines = cli(*to(server), "--json", "hi")[1].rstrip("\n").split("\n")
+    sent = [strange, *(json.loads(data[6:]) for data in HELLO[:-1])]
+    assert [json.loads(line) for line in lines] == sent
+    with serve(json_response(PIECE)) as server:
+        assert json.loads(cli(*to(server), "--no-stream", "--json", "hi")[1]) == PIECE
         told = cli(*to(server), "--no-stream", "--usage", "hi")[2]
-        code, out, err = cli(*to(server), "--usage", "hi")
-        assert json.loads(server.bodies[-1])["stream_options"]["include_usage"] is True
-    assert (code, out) == (0, "Hello")
-    assert re.search(r"\b3\b.*\b5 tokens.* first token .*[\d.]+ s.* tokens/s", err)
-    assert re.search(r"\b3\b.*\b5 tokens", told)
+        assert "stream_options" not in json.loads(server.bodies[-1])
+    assert re.fullmatch(r"hm\nsse_chat: m: 3 \+ 5 tokens, .* s\n", told)
 
 
-def test_timeout(cli):
+def using(prompt: Any, completion: Any) -> bytes:
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return b'data: {"choices": [], "usage": %s}\n\n' % json.dumps(usage).encode()
+
+
+@pytest.mark.parametrize(("tokens", "pause"), [(1, 0.2), (2, 0.2), (3, 0.2), (5, 0)])
+def test_usage(cli, tokens, pause):
     def handle(connection, number):
-        connection.sendall(chunked(event("Hel"), end=False))
-        connection.recv(1)
+        pieces = [*[event("x")] * tokens, using(7, tokens), *END]
+        connection.sendall(http(*pieces)[: -sum(map(len, pieces))])
+        for piece in pieces if pause else [b"".join(pieces)]:
+            connection.sendall(piece)
+            threading.Event().wait(pause)
 
     with serve(handle) as server:
-        code, out, err = cli(*to(server), "--timeout", "0.3", "hi")
-    assert (code, out, err.count("\n")) == (1, "Hel", 1)
+        code, out, err = cli(*to(server), "--usage", "hi")
+        assert json.loads(server.bodies[0])["stream_options"]["include_usage"] is True
+    times = r"first token after \d+\.\d\d s, all after \d+\.\d\d s(, (.*) tokens/s)?"
+    told = re.fullmatch(rf"sse_chat: m: 7 \+ {tokens} tokens, {times}\n", err)
+    assert (code, out) == (0, tokens * "x" + "\n")
+    # Between the first and the last: a lone token has no speed, nor has a burst.
+    assert bool(told[1]) == (tokens > 1 and pause > 0)
+    assert not told[1] or 2 < float(told[2]) < 10
+
+
+STRANGE = ["\x1b[31m", "abc", True, 1.5, [], {}, -1, 10**400]
+
+
+@pytest.mark.parametrize("sent", STRANGE, ids=ascii)
+def test_usage_that_is_no_number_is_not_shown(cli, sent):
+    for usage in (using(sent, 5), using(5, sent)):
+        with serve(http(*HELLO[:-1], usage, DONE)) as server:
+            code, out, err = cli(*to(server), "--usage", "hi")
+        assert (code, out) == (0, "Hello\n")
+        assert re.fullmatch(r"sse_chat: m: first token after .* s, all .* s\n", err)
+
+
+@contextlib.contextmanager
+def serve_models(*ids: str) -> Iterator[Server]:
+    """A server that lists its models, too."""
+
+    def handle(connection, number):
+        listing = server.heads[number - 1].startswith("GET /v1/models")
+        connection.sendall(listed(*ids) if listing else http(*HELLO))
+
+    with serve(handle) as server:
+        yield server
 
 
 def test_which_model_is_asked(cli):
-    def handle(connection, number):
-        listing = server.heads[-1].startswith("GET /v1/models ")
-        connection.sendall(listed("first", "second") if listing else http(*HELLO))
-
-    with serve(handle) as server:
+    with serve_models("first", "second") as server:
         cli(*to(server), "hi", OPENAI_MODEL="of the environment")
         cli("-u", server.url, "hi", OPENAI_MODEL="of the environment")
-        cli("-u", server.url, "hi")
+        assert cli("-u", server.url, "hi") == (0, "Hello\n", "")
         models = [json.loads(body)["model"] for body in server.bodies if body]
         assert models == ["m", "of the environment", "first"]
         assert cli("-u", server.url, "--list-models") == (0, "first\nsecond\n", "")
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [refused("no models"), http(b"<html>"), json_response({"data": 1}), b""],
-    ids=["refused", "HTML", "no list", "hung up"],
-)
-def test_no_list_of_models(cli, answer):
-    with serve(answer) as server:
+@pytest.mark.parametrize("name", ["refused", "HTML", "hung up", "in one piece"])
+def test_no_list_of_models(cli, name):
+    with serve(ANSWERS[name][0]) as server:
         code, out, err = cli("-u", server.url, "--list-models")
-        assert (code, out, err.count("\n")) == (1, "", 1)
-        assert "models" in err or server.url in err
+        assert (code, out, "models" in err or server.url in err) == (1, "", True)
 
 
 def asked_url(cli, *args: str, **env: str) -> httpx.URL:
@@ -3772,55 +3834,70 @@ def test_ollama_host(cli, row):
 
 
 def test_which_address_wins(cli):
-    assert (
-        asked_url(cli, OLLAMA_HOST="")
-        == sse_chat.DEFAULT_BASE_URL + "/chat/completions"
-    )
+    default = sse_chat.DEFAULT_BASE_URL + "/chat/completions"
+    assert asked_url(cli, OLLAMA_HOST="") == default
     env = {"OLLAMA_HOST": "c:3", "OPENAI_BASE_URL": "http://b:2/v1"}
     assert asked_url(cli, **env).host == "b"
     assert asked_url(cli, "-u", "http://a:1/v1", **env).host == "a"
 
 
-def test_dry_run_shows_the_request_and_sends_nothing(cli):
-    with serve(http(*HELLO)) as server:
-        args = to(server, "-o", "stop='", "--dry-run", "it's 你好")
-        code, out, _ = cli(*args, OPENAI_API_KEY="sk-secret")
-        assert (code, server.connections) == (0, 0)
-    shown, end = json.JSONDecoder().raw_decode(out)
-    curl = shlex.split(out[end:])
-    assert (curl[0], f"{server.url}/chat/completions" in curl) == ("curl", True)
-    assert json.loads(curl[curl.index("-d") + 1]) == shown["body"]
-    assert shown["body"]["stop"] == "'"
-    assert shown["body"]["messages"] == [{"role": "user", "content": "it's 你好"}]
-    assert ("sk-secret" in out, "$OPENAI_API_KEY" in out) == (False, True)
-    assert "OPENAI_API_KEY" not in cli(*args)[1]
+# A login, options, and the variables that the curl line wants.
+DRY = [
+    ("", "-o stop=' --usage", {"OPENAI_API_KEY": "sk-secret"}),
+    ("", "--no-stream -s brief", {}),
+    ("me:hush%20hush@", "", {"USER_AND_PASSWORD": "me:hush hush"}),
+]
+OURS = "post /|accept|authorization|content-type|user-agent"
+
+
+@pytest.mark.parametrize(("login", "options", "variables"), DRY)
+def test_dry_run_is_the_very_request(cli, login, options, variables):
+    key = {k: v for k, v in variables.items() if k == "OPENAI_API_KEY"}
+    with serve_models("first") as server:
+        url = server.url.replace("//", f"//{login}") + "?v=1&api-key=sk-hidden"
+        args = ["-u", url, *options.split(), "it's $KEY `你好`"]
+        code, out, err = cli("--dry-run", *args, **key)
+        assert (code, err, len(server.bodies)) == (0, "", 1)  # which models there are
+        assert not re.search("sk-secret|sk-hidden|hush", out)
+        assert ("$OPENAI_API_KEY" in out) == bool(key)
+        assert cli(*args, **key)[0] == 0
+        shown, end = json.JSONDecoder().raw_decode(out)
+        assert shown["url"] == server.url + "/chat/completions"
+        assert shown["body"] == json.loads(server.bodies[-1])
+        if not shutil.which("curl"):
+            pytest.skip("there is no curl here")
+        env = environment(QUERY="v=1&api-key=sk-hidden", **variables)
+        subprocess.run(out[end:], shell=True, env=env, capture_output=True, check=True)
+        assert json.loads(server.bodies[-1]) == shown["body"]
+        sent, curled = (head.lower().split("\r\n") for head in server.heads[-2:])
+    ours = [line for line in sent if re.match(OURS, line)]
+    assert (len(ours) > 3, set(ours) - set(curled)) == (True, set())
 
 
 def test_the_key_comes_from_the_environment_alone(cli):
     with serve(http(*HELLO)) as server:
         cli(*to(server), "hi", OPENAI_API_KEY="sk-secret")
-        cli(*to(server), "-o", "api_key=sk-option", "hi")
         assert "Bearer sk-secret" in server.heads[0]
-        assert "sk-option" not in "".join(server.heads)
     options = re.findall(r"--[\w-]+", cli("--help")[1])
     assert "--model" in options
     assert not [option for option in options if "key" in option]
 
 
-@pytest.mark.parametrize("option", ["--version", "--help"])
-def test_start_up_without_httpx(option):
-    command = [sys.executable, "-X", "importtime", PROGRAM, option]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert (sse_chat.__version__ if option == "--version" else "--demo") in done.stdout
-    assert re.search(r"\|\s+argparse\s", done.stderr)
+STARTS = [
+    ([PROGRAM, "--version"], f"sse_chat {sse_chat.__version__}"),
+    ([PROGRAM, "--help"], "--demo"),
+    (["-c", "import sse_chat"], ""),
+]
+
+
+@pytest.mark.parametrize(("args", "out"), STARTS)
+def test_start_up_without_httpx(args, out):
+    command = [sys.executable, "-X", "importtime", *args]
+    options = {"cwd": Path(PROGRAM).parent, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=True, **options)
+    assert out in done.stdout
+    assert re.search(r"\|\s+json\s", done.stderr)
     assert not re.search(r"\|\s+(httpx2?|httpcore2?|ssl|asyncio)\s", done.stderr)
-
-
-def test_import_without_httpx():
-    code = "import sys, sse_chat; sys.exit('httpx' in sys.modules)"
-    folder = Path(PROGRAM).parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
 
 
 # ------------------------------------------------------------------------------------
@@ -4072,13 +4149,17 @@ class Terminal:
     """The program on a pseudo-terminal of its own, as a person has it.
 
     `redirect` is the shell's; $0 is the terminal: "<$0 2>$0" leaves stdout a pipe.
+    `first` is what the shell does first.
     """
 
-    def __init__(self, *args: str, redirect: str = "<$0 >$0 2>$0", **env: str) -> None:
+    def __init__(
+        self, *args: str, redirect: str = "<$0 >$0 2>$0", first: str = ":", **env: str
+    ) -> None:
         self.master, self.slave = os.openpty()
         # The shell leads a session: the first terminal that it opens becomes its own,
         # and Ctrl-C on it a signal.
-        wrap = ["sh", "-c", f'exec "$@" {redirect}', os.ttyname(self.slave)]
+        command = f'{first}; exec "$@" {redirect}'
+        wrap = ["sh", "-c", command, os.ttyname(self.slave)]
         env = environment(TERM="dumb", INPUTRC=os.devnull, **env)
         self.program = started(*args, wrap=wrap, env=env, start_new_session=True)
         self.output = b""
@@ -4150,19 +4231,33 @@ def test_control_characters_reach_a_pipe_but_no_terminal():
             code, shown = terminal.end()
         assert (code, screen(shown)) == (0, f"{TAME}\n{TAME}\n")
         with Terminal(*args, redirect="<$0 2>$0") as terminal:
-            assert terminal.process.stdout.read().decode() == EVIL
+            assert terminal.process.stdout.read().decode() == EVIL + "\n"
             assert screen(terminal.end()[1]) == TAME + "\n"
-        assert run(*args) == (0, EVIL.encode(), EVIL.encode() + b"\n")
+        evil = EVIL.encode() + b"\n"
+        assert run(*args) == (0, evil, evil)
 
 
-@pytest.mark.parametrize(
-    ("answer", "option"), [(refused(EVIL), "--usage"), (listed(EVIL), "--list-models")]
-)
+TOLD = [
+    (refused(EVIL), "--usage"),
+    (listed(EVIL), "--list-models"),
+    (json_response(PIECE | {"model": EVIL}), "--usage"),
+]
+
+
+@pytest.mark.parametrize(("answer", "option"), TOLD)
 def test_what_else_a_server_sends_is_tame_too(answer, option):
     with serve(answer) as server, Terminal(*to(server), option, "hi") as terminal:
         shown = terminal.end()[1]
     assert TAME[:8] in shown
     assert not set("\x1b\x07\x00\x08\x7f\x9b\u202e") & set(screen(shown))
+
+
+def test_a_prompt_is_typed_where_standard_input_is_asked_for():
+    with serve(http(*HELLO)) as server, Terminal(*to(server), "-") as terminal:
+        terminal.send("typed\r")
+        terminal.send("\x04")
+        assert screen(terminal.end()[1]) == "typed\nHello\n"
+        assert asked(server) == [("user", "typed")]
 
 
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
@@ -4191,7 +4286,7 @@ def test_reasoning_is_dim_and_the_spinner_leaves_no_trace(env):
 # ------------------------------------------------------------------------------------
 
 
-def test_conversation_with_ctrl_c_in_the_middle_of_an_answer():
+def test_ctrl_c_stops_an_answer_and_never_the_conversation():
     left = threading.Event()
 
     def handle(connection, number):
@@ -4207,16 +4302,23 @@ def test_conversation_with_ctrl_c_in_the_middle_of_an_answer():
         terminal.expect("Partial")
         terminal.send("\x03")
         assert left.wait(PATIENCE)  # it stopped the server, too
+        assert "/bye" not in terminal.expect("\r\n>>> ")
+        for unfinished in ("", "", "begun"):
+            terminal.send(unfinished)
+            terminal.expect(unfinished)
+            terminal.send("\x03")
+            assert "/bye or Ctrl-D" in terminal.expect("\r\n>>> ")
+        terminal.say('"""begun', "... ")
+        terminal.send("\x03")  # and here all of the lines
         terminal.expect("\r\n>>> ")
         terminal.say("three")
         terminal.send("\x04")  # Ctrl-D
-        assert terminal.end()[0] == 0
+        code, shown = terminal.end()
         first, second, third = (asked(server, number) for number in range(3))
+    assert (code, "Traceback" in shown) == (0, False)
     assert first == [("user", "one 你好")]
     assert second == [*first, ("assistant", "Hello"), ("user", "two")]
-    *before, (role, partial), last = third
-    assert (before, role, last) == (second, "assistant", ("user", "three"))
-    assert re.fullmatch("Partial.+", partial)  # a mark says that it is not whole
+    assert third == [*second, ("assistant", "Partial"), ("user", "three")]
 
 
 def test_conversation_goes_on_after_errors():
@@ -4233,64 +4335,95 @@ def test_conversation_goes_on_after_errors():
         assert screen(terminal.say("four")).endswith("\nHello")
         terminal.send("/bye\r")
         assert terminal.end()[0] == 0
-        *_, (role, partial), last = asked(server)
-    assert (role, last) == ("assistant", ("user", "four"))
-    assert re.fullmatch("Hello.+", partial)
+        said = asked(server)
+    assert said == [("user", "three"), ("assistant", "Hello"), ("user", "four")]
 
 
-def test_conversation_commands(tmp_path):
-    saved, bad = tmp_path / "saved.json", tmp_path / "bad.json"
-    bad.write_text("null")
-    with serve(http(*HELLO)) as server:
-        with Terminal(*to(server), "-s", "be brief") as terminal:
-            terminal.expect(">>> ")
+def test_commands_of_a_conversation(tmp_path):
+    saved = tmp_path / "saved.json"
+    with serve_models("fir\x07st", "second") as server:
+        with Terminal("-u", server.url, "-s", "be brief") as terminal:
+            assert "asking fir\\x07st\r\n" in terminal.expect(">>> ")
             assert "/clear" in terminal.say("/?")
-            terminal.say('"""first', "... ")
+            terminal.say('"""/first', "... ")
             terminal.say("", "... ")
-            terminal.say('second"""')
-            for line in ("/system be long", "/model big", f"/save {saved}", "more"):
-                terminal.say(line)
-            for line in ("/clear", "fresh", f"/load {saved}", "again"):
-                terminal.say(line)
-            for line in (f"/load {tmp_path}", f"/load {bad}", f"/save {tmp_path}"):
-                assert "sse_chat: " in terminal.say(line)  # told, and it goes on
-            for line in (
-                "/clear",
-                "/system",
-                "plain",
-                "\x10",
-            ):  # Ctrl-P: the one before
-                terminal.say(line)
+            assert "Hello" in terminal.say('second"""')
+            for line, answer in (
+                ("/system be long", "set"),
+                ("/model", "fir\\x07st\r\nsecond"),
+                ("/model big", "big"),
+                (f"/save {saved}", f"saved 3 messages to {saved}"),
+                ("more", "Hello"),
+                ("/clear", "forgotten"),
+                ("fresh", "Hello"),
+                (f"/load {saved}", f"loaded 3 messages from {saved}"),
+                ("again", "Hello"),
+                ("/foo bar", "sse_chat: /foo is no command"),
+                ("/clear", "forgotten"),
+                ("/system", "no system message"),
+                ("plain", "Hello"),
+                ("\x10", "Hello"),  # Ctrl-P: the one before
+            ):
+                assert answer in terminal.say(line)
             terminal.send("/bye\r")
             assert terminal.end()[0] == 0
-        turns = [asked(server, number) for number in range(len(server.bodies))]
-        models = [json.loads(body)["model"] for body in server.bodies]
-    long, multi = ("system", "be long"), ("user", "first\n\nsecond")
+        posted = [n for n, head in enumerate(server.heads) if head.startswith("POST")]
+        turns = [asked(server, number) for number in posted]
+        models = [json.loads(server.bodies[number])["model"] for number in posted]
+    long, multi = ("system", "be long"), ("user", "/first\n\nsecond")
     hello, plain = ("assistant", "Hello"), ("user", "plain")
     assert turns[0] == [("system", "be brief"), multi]
     assert turns[1] == [long, multi, hello, ("user", "more")]
     assert turns[2] == [long, ("user", "fresh")]
     assert turns[3] == [long, multi, hello, ("user", "again")]
     assert turns[4:] == [[plain], [plain, hello, plain]]
-    assert models == ["m"] + ["big"] * 5
+    assert models == ["fir\x07st"] + ["big"] * 5
     assert {"role": "assistant", "content": "Hello"} in json.loads(saved.read_text())
 
 
-def test_leaving_the_conversation():
-    with Terminal("-m", "m", "-u", NOBODY) as terminal:
-        terminal.expect(">>> ")
-        terminal.send("unfinished")
-        terminal.expect("unfinished")
-        terminal.send("\x03")  # discards the line
-        terminal.expect("\r\n>>> ")
-        terminal.say('"""begun', "... ")
-        terminal.send("\x03")  # and here all of the lines
-        terminal.expect("\r\n>>> ")
-        terminal.send("\x03")
-        code, shown = terminal.end()
-    assert (code, "Traceback" in shown) == (130, False)
+# What is no list of messages, or none that can be sent.
+UNLOADABLE = ["null", "{}", '""', "[1]", '["role"]', "[{}]", "[", "[\ud800]"]
+UNLOADABLE += [f'[{{"role": "user", "content": {n}}}]' for n in ("NaN", "1e999")]
+UNLOADABLE += ["[" * 100_000 + "]" * 100_000]
 
 
+def test_files_that_fail_change_nothing(tmp_path):
+    saved, bad = tmp_path / "saved.json", tmp_path / "bad.json"
+    saved.write_text("old")
+    with serve(http(*HELLO)) as server:
+        with Terminal(*to(server), first="ulimit -f 0") as terminal:
+            terminal.expect(">>> ")
+            terminal.say("one")
+            for text in UNLOADABLE:
+                bad.write_text(text, errors="surrogatepass")
+                told = terminal.say(f"/load {bad}")
+                assert told == f"\r\nsse_chat: {bad} holds no list of messages"
+            for name in ("", tmp_path, tmp_path / "nothing"):
+                assert re.fullmatch("\r\nsse_chat: .*", terminal.say(f"/load {name}"))
+            for name in ("", tmp_path, saved, os.devnull):
+                assert re.fullmatch("\r\nsse_chat: .*", terminal.say(f"/save {name}"))
+            terminal.say("two")
+        assert asked(server) == [
+            ("user", "one"),
+            ("assistant", "Hello"),
+            ("user", "two"),
+        ]
+    assert (saved.read_text(), Path(os.devnull).is_file()) == ("old", False)
+    assert {path.name for path in tmp_path.iterdir()} == {"saved.json", "bad.json"}
+
+
+def test_a_terminal_that_cannot_be_read_ends_the_conversation():
+    master, slave = os.openpty()
+    # In the background, where reading is an error unless a signal stops who tries.
+    script = """exec <$0; ulimit -t 9; trap "" TTIN; set -m; "$@" & wait $!"""
+    wrap = ["sh", "-c", script, os.ttyname(slave)]
+    args = ["-m", "m", "-u", NOBODY]
+    with started(*args, wrap=wrap, start_new_session=True) as process:
+        err = process.communicate(timeout=PATIENCE)[1]
+        told = b"sse_chat: [Errno 5] Input/output error\n"
+        assert (process.returncode, err) == (1, told)
+    os.close(master)
+    os.close(slave)
 # ------------------------------------------------------------------------------------
 # The README, types for everybody, pydantic and FastAPI
 # ------------------------------------------------------------------------------------
