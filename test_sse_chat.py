@@ -3599,7 +3599,7 @@ UNASKED = [
     ("-", b"\xff\xfe\x00", 2, "UTF-8"),
     ("-", b"a\xe9", 2, "UTF-8"),
     ("-", b"", 2, "no prompt"),
-    ("hi", b"", 1, f"{NOBODY}.*\n.*ollama serve.*--base-url.*--demo"),
+    ("hi", b"", 1, f"cannot connect.*\n.*{NOBODY}.*ollama serve.*--base-url.*--demo"),
 ]
 
 
