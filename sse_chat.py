@@ -1520,7 +1520,7 @@ class _AnswerDecoder:
         text = self._head.decode("utf-8-sig", "replace")
         text = re.sub(r"\s*data: ?\[DONE\]\s*\Z", "", text)
         payload, problem = _parsed(text)
-        if problem and (cause or not text.rstrip().endswith(("}", "]"))):
+        if problem and (cause or _may_be_cut(text, problem)):
             raise self.verdict(cause)
         if problem:
             raise self._invalid(f"a body that is not JSON ({problem})", text)
@@ -1642,15 +1642,22 @@ def _kind_of(mark: bytes, content_type: str) -> str:
     return "" if any(name.startswith(mark) for name in _FIELDS) else "other"
 
 
-def _parsed(text: str) -> tuple[Any, str]:
-    """Return what a JSON text holds, and what is wrong with it, "" for nothing."""
+def _parsed(text: str) -> tuple[Any, Exception | None]:
+    """Return what a JSON text holds, and what is wrong with it."""
     try:
         # An event holds JSON and nothing around it: without the search for white space
         # that json.loads makes, this takes two thirds of the time.
         value, end = _scan(text) if text[:1] == "{" else (None, -1)
-        return (value if end == len(text) else json.loads(text)), ""
+        return (value if end == len(text) else json.loads(text)), None
     except (ValueError, RecursionError) as error:
-        return None, str(error)
+        return None, error
+
+
+def _may_be_cut(text: str, problem: Exception) -> bool:
+    """Tell whether what is wrong with a JSON text may be that its end is missing."""
+    at_end = getattr(problem, "pos", -1) >= len(text.rstrip())
+    in_string = str(problem).startswith("Unterminated string")
+    return at_end or in_string or not text.rstrip().endswith(("}", "]"))
 
 
 _scan = json.JSONDecoder().raw_decode
