@@ -1518,8 +1518,10 @@ class _AnswerDecoder:
     def _from_json(self, cause: Exception | None) -> Iterable[ChatCompletionChunk]:
         """Give a body that came in one piece, with `[DONE]` after it or not."""
         text = self._head.decode("utf-8-sig", "replace")
-        text = re.sub(r"\s*data: ?\[DONE\]\s*\Z", "", text)
         payload, problem = _parsed(text)
+        end = getattr(problem, "pos", 0)
+        if end and "data:[DONE]".startswith("".join(text[end:].split())):
+            payload, problem = _parsed(text[:end])
         if problem and (cause or _may_be_cut(text, problem)):
             raise self.verdict(cause)
         if problem:
