@@ -1185,7 +1185,8 @@ class _ToolCall:
             self.arguments += _to_bytes(piece.arguments)
 
     def function(self) -> Json:
-        return {"arguments": _to_text(self.arguments), "name": self.name}
+        arguments = _encodable(_to_text(self.arguments))
+        return {"arguments": arguments, "name": _encodable(self.name)}
 
     def to_dict(self) -> Json:
         made = {"id": self.id, "function": self.function(), "type": self.type}
