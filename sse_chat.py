@@ -1020,6 +1020,8 @@ class ChatAccumulator:
             self._head["service_tier"] = chunk.service_tier
         if not _CHUNK.issuperset(chunk.raw):
             _merge(self._extra, _beyond(_CHUNK, chunk.raw) or {})
+        if len(chunk.choices) > MAX_CHOICES:
+            raise ValueError(f"more than {MAX_CHOICES} choices")
         for choice in chunk.choices:
             known = self._choices.get(choice.index)
             if known is None:
@@ -1105,6 +1107,8 @@ class _Choice:
         if delta.role and not self.role:
             self.role = _string(delta.role) or ""
         if delta.tool_calls is not None:
+            if len(delta.tool_calls) > MAX_CHOICES:
+                raise ValueError(f"more than {MAX_CHOICES} tool calls")
             for place, piece in enumerate(delta.tool_calls):
                 self.call_of(piece, place).add(piece)
         if delta.reasoning_content is not None:
@@ -1132,7 +1136,7 @@ class _Choice:
         call = self.latest.get(piece.id if piece.id and piece.index is None else place)
         if call is None or (piece.id and call.id and piece.id != call.id):
             if not 0 <= place < MAX_CHOICES or len(self.calls) == MAX_CHOICES:
-                raise ValueError(f"tool calls over the limit of {MAX_CHOICES}")
+                raise ValueError(f"a tool call beyond the {MAX_CHOICES}th")
             call = _ToolCall(place)
             self.calls.append(call)
         self.latest[place] = call
@@ -1677,7 +1681,11 @@ def _is_timeout(cause: BaseException | None) -> bool:
 
 
 def _words(cause: BaseException) -> str:
-    return str(cause) or type(cause).__name__
+    """Return what an exception says, or the one behind it: trio's have no words."""
+    told: BaseException | None = cause
+    while told is not None and not str(told):
+        told = told.__cause__ or told.__context__
+    return str(told or type(cause).__name__)
 
 
 def _find_error(payload: Any, told: bool = False) -> Json | None:
