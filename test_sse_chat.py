@@ -99,7 +99,7 @@ def examples(factor):
 
 
 settings.register_profile("default", deadline=None)
-settings.register_profile("ci", deadline=None, max_examples=2000)
+settings.register_profile("ci", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 pytestmark = [
