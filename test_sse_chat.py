@@ -590,7 +590,6 @@ NEWS.append(b"id: 2\nretry: 300\n\n")  # no data, no event
 MINE = {"Accept": "text/plain", "X-Mine": "1", "cache-control": "max-age=1"}
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("make", [dict, dict.items, httpx.Headers, lambda mine: None])
 async def test_programs_of_httpx_sse(make: Any) -> None:
     headers, untouched = make(dict(MINE)), make(dict(MINE))
@@ -617,8 +616,6 @@ async def test_programs_of_httpx_sse(make: Any) -> None:
         assert ("x-mine: 1" in head.lower()) == (headers is not None)
 
 
-@pytest.mark.anyio
-@pytest.mark.filterwarnings("ignore:Async generator 'httpx:ResourceWarning")  # trio's
 @pytest.mark.parametrize("limit", [None, 16 * MIB])
 async def test_an_event_source_has_no_limit_unless_asked_for(limit: int | None) -> None:
     options: Any = {} if limit is None else {"max_event_bytes": limit}
@@ -715,9 +712,10 @@ BY_NAME = {
     "annotations": st.just([{"type": "url_citation", "url_citation": CITATION}]),
     "audio": st.just({"id": "a", "data": "", "expires_at": 1, "transcript": "t"}),
     # What is no field of ours; Gemini refuses the next turn without its own.
-    "extra": st.just({"google": {"signature": "c2ln", "more": [{"a": {}}]}}),
+    "extra": st.just({"google": {"signature": "c2ln", "more": [{"a": 1}, {"b": []}]}}),
     "raw": st.just({"ms": 1}),
 }
+BY_NAME = {name: sent.map(copy.deepcopy) for name, sent in BY_NAME.items()}
 
 
 @st.composite
@@ -1141,22 +1139,19 @@ def levels(number: int) -> Any:
     return functools.reduce(lambda inner, _: [inner], range(number - 1), 1)
 
 
-def with_choice(**choice: Any) -> dict[str, Any]:
-    return {"choices": [choice]}
-
-
 SAME_INDEX = [{"index": 0, "id": str(number)} for number in range(1025)]
 HEAD_NAMES = ["id", "model", "created", "unknown"]
 # How many there may be, and a chunk of so many
 NO_MORE_THAN: list[tuple[int, Callable[[int], dict[str, Any]]]] = [
-    (1023, lambda n: with_choice(index=n)),
-    (1023, lambda n: with_choice(delta={"tool_calls": [{"index": n}]})),
+    (1023, lambda n: {"choices": [{"index": n}]}),
+    (1023, lambda n: {"choices": [{"delta": {"tool_calls": [{"index": n}]}}]}),
     (1024, lambda n: {"choices": [{}] * n}),
-    (1024, lambda n: with_choice(delta={"tool_calls": [{}] * n})),
-    (1024, lambda n: with_choice(delta={"tool_calls": SAME_INDEX[:n]})),
-    (100, lambda n: with_choice(delta={"x": levels(n)})),
-    (100, lambda n: with_choice(delta={"tool_calls": [{"x": levels(n)}]})),
-    (98, lambda n: with_choice(logprobs={"content": [{"bytes": levels(n)}]})),
+    (1024, lambda n: {"choices": [{"delta": {"tool_calls": [{}] * n}}]}),
+    (1024, lambda n: {"choices": [{"delta": {"tool_calls": SAME_INDEX[:n]}}]}),
+    (100, lambda n: {"choices": [{"delta": {"x": levels(n)}}]}),
+    (99, lambda n: {"choices": [{"delta": {"x": {"b": levels(n)}}}]}),
+    (100, lambda n: {"choices": [{"delta": {"tool_calls": [{"x": levels(n)}]}}]}),
+    (98, lambda n: {"choices": [{"logprobs": {"content": [{"bytes": levels(n)}]}}]}),
     (99, lambda n: {"usage": {"x": levels(n)}}),
     *((100, lambda n, name=name: {name: levels(n)}) for name in HEAD_NAMES),
 ]
@@ -1164,9 +1159,11 @@ NO_MORE_THAN: list[tuple[int, Callable[[int], dict[str, Any]]]] = [
 
 @pytest.mark.parametrize(("most", "sent"), NO_MORE_THAN)
 def test_what_no_answer_has_is_refused(most: int, sent: Any) -> None:
-    accumulate([ChatCompletionChunk.from_dict(sent(most))])
+    accumulator = ChatAccumulator()
+    for chunk in ({"choices": [{"delta": {"x": {"a": 1}}}]}, sent(most)):
+        accumulator.add(ChatCompletionChunk.from_dict(chunk))
     with pytest.raises(ValueError):
-        accumulate([ChatCompletionChunk.from_dict(sent(most + 1))])
+        accumulator.add(ChatCompletionChunk.from_dict(sent(most + 1)))
 
 
 def test_the_completion_may_be_taken_at_any_time() -> None:
