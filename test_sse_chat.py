@@ -1834,7 +1834,7 @@ MUCH, HEADERS = (itertools.repeat(b * 9999) for b in (b"x", b"X: y\r\n"))
 
 
 def refuse(status, *headers, body=b'{"error": "boom"}'):
-    more = "".join(f"{header}\r\n" for header in headers)
+    more = "".join(f"{header}\r\n" for header in ("Connection: close", *headers))
     return http(body, status=f"{status} No", headers=more, kind="text/html")
 
 
