@@ -488,7 +488,7 @@ def with_limit(stream: bytes, limit: int) -> tuple[list[ServerSentEvent], bool]:
 @examples(3)
 @given(cuttings(STREAMS), st.integers(3, 30))
 @example([b"data: x\n\n", b"data: 1234\r\ndata: 1", b"23\r\n\r\n", b"", b"\n"], 19)
-@example([b"data: x\n\n", b"data: 12\n\n"], 7)
+@example([b"data: x\n\n", b"data: 12\n\n", b"data: x\n\n"], 7)
 def test_over_the_limit_a_decoder_is_dead(pieces: list[bytes], limit: int) -> None:
     decoder = SSEDecoder(limit)
     events: list[ServerSentEvent] = []
