@@ -402,12 +402,8 @@ class EventSource:
 
     def __init__(self, response: Response, max_event_bytes: int | None = None) -> None:
         self.response = response
+        self.last_event_id = ""  # of what was given out; the decoder's may be ahead
         self._decoder = SSEDecoder(max_event_bytes)
-
-    @property
-    def last_event_id(self) -> str:
-        """What to send as `Last-Event-ID` when connecting again."""
-        return self._decoder.last_event_id
 
     @property
     def retry(self) -> int | None:
@@ -417,12 +413,21 @@ class EventSource:
     def iter_sse(self) -> Iterator[ServerSentEvent]:
         """Give the events as they come."""
         self._check_content_type()
-        return _decoded(self._decoder, self.response.iter_bytes())
+        for chunk in self.response.iter_bytes():
+            yield from self._given(chunk)
 
-    def aiter_sse(self) -> AsyncIterator[ServerSentEvent]:
+    async def aiter_sse(self) -> AsyncIterator[ServerSentEvent]:
         """Give the events as they come."""
         self._check_content_type()
-        return _adecoded(self._decoder, self.response.aiter_bytes())
+        async for chunk in self.response.aiter_bytes():
+            for event in self._given(chunk):
+                yield event
+
+    def _given(self, chunk: bytes) -> Iterator[ServerSentEvent]:
+        for event in _fed(self._decoder, chunk):
+            self.last_event_id = event.id
+            yield event
+        self.last_event_id = self._decoder.last_event_id
 
     def _check_content_type(self) -> None:
         got = self.response.headers.get("content-type", "")

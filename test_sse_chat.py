@@ -616,6 +616,18 @@ async def test_programs_of_httpx_sse(make: Any) -> None:
         assert ("x-mine: 1" in head.lower()) == (headers is not None)
 
 
+def test_the_last_event_id_is_that_of_what_was_given() -> None:
+    """Or who connects again after the first of two events would lose the second."""
+    response = httpx.Response(
+        200,
+        headers={"Content-Type": "text/event-stream"},
+        content=b"id: 1\ndata: a\n\nid: 2\ndata: b\n\nid: 3\n\n",
+    )
+    source = EventSource(response)
+    given = [(event.id, source.last_event_id) for event in source.iter_sse()]
+    assert (given, source.last_event_id) == ([("1", "1"), ("2", "2")], "3")
+
+
 @pytest.mark.parametrize("limit", [None, 16 * MIB])
 async def test_an_event_source_has_no_limit_unless_asked_for(limit: int | None) -> None:
     options: Any = {} if limit is None else {"max_event_bytes": limit}
