@@ -2125,7 +2125,7 @@ BOUNDED = {
     "headers": (play(HEAD[:20], itertools.repeat((b"x", 0.05))), Timeout),
     "1xx": (play(itertools.repeat((b"HTTP/1.1 102 No\r\n\r\n", 0.05))), Timeout),
     "an error": (play(ERROR_HEAD, ALIVE), Timeout),
-    "retries": (play(after(0.05), KEEP), Status),
+    "retries": (play(after(0.05), KEEP), (Status, Timeout)),
     "a wait": (play(after(50)), Status),
     "connecting": (None, Timeout),
 }
@@ -2947,7 +2947,8 @@ BLOCKED = (
 def test_the_core_under_httpx2_alone():
     needs("httpx2")
     names = "how_an_answer_ends or any_shape or own or who or dead or leaves"
-    options = ["-qx", "-o", "addopts=", "-o", "markers=live: x", "-k", names, __file__]
+    options = ["-qx", "-o", "addopts=", "-o", "markers=live: x\ninstall: x"]
+    options += ["-k", names, __file__]
     command = [sys.executable, "-c", BLOCKED, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
