@@ -173,52 +173,6 @@ _BOM = b"\xef\xbb\xbf"
 _CR, _LF, _COLON = b"\r\n:"  # numbers, which `in` finds seven times as fast as bytes
 
 
-class _Lines:
-    """Bytes in any pieces in, whole lines of bytes out.
-
-    CR, LF, CRLF and nothing else ends one, and it comes out as soon as that is there.
-    """
-
-    def __init__(self) -> None:
-        self.pending = bytearray()  # the line that has no end yet
-        self.fresh = False  # the next byte begins a line, and is no LF after a CR
-        self._after_cr = False  # a line ended at CR: an LF that follows is part of it
-        self._at_start = True  # one BOM is dropped, and only here
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the lines that `chunk` ends, without their ends."""
-        if self._at_start:
-            chunk = self._without_bom(chunk)
-        if self._after_cr and chunk:
-            self._after_cr = False
-            chunk = chunk.removeprefix(b"\n")
-        if _CR in chunk:
-            self._after_cr = chunk[-1] == _CR
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        pending = self.pending
-        if _LF not in chunk:
-            pending += chunk
-            self.fresh = not (pending or self._after_cr or self._at_start)
-            return []
-        lines = chunk.split(b"\n")
-        if pending:
-            pending += lines[0]
-            lines[0] = bytes(pending)
-            pending.clear()
-        pending += lines.pop()
-        self.fresh = not (pending or self._after_cr)
-        return lines
-
-    def _without_bom(self, chunk: bytes) -> bytes:
-        chunk = bytes(self.pending) + chunk
-        self.pending.clear()
-        self._at_start = len(chunk) < 3 and _BOM.startswith(chunk)
-        if self._at_start:
-            self.pending += chunk
-            return b""
-        return chunk.removeprefix(_BOM)
-
-
 class SSELineDecoder:
     """Bytes in any pieces in, whole lines out: CR, LF, CRLF and nothing else ends one.
 
@@ -227,12 +181,44 @@ class SSELineDecoder:
     """
 
     def __init__(self) -> None:
-        self._lines = _Lines()
+        self._pending = bytearray()  # the line that has no end yet
+        self._after_cr = False  # a line ended at CR: an LF that follows is part of it
+        self._at_start = True  # one BOM is dropped, and only here
 
     def feed(self, chunk: bytes) -> list[str]:
         """Return the lines that `chunk` ends, without their ends."""
         # No UTF-8 sequence spans a line end, so each line can be decoded by itself.
-        return [line.decode("utf-8", "replace") for line in self._lines.feed(chunk)]
+        return [line.decode("utf-8", "replace") for line in self._split(chunk)]
+
+    def _split(self, chunk: bytes) -> list[bytes]:
+        if self._at_start:
+            chunk = self._without_bom(chunk)
+        if self._after_cr and chunk:
+            self._after_cr = False
+            chunk = chunk.removeprefix(b"\n")
+        if _CR in chunk:
+            self._after_cr = chunk[-1] == _CR
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        pending = self._pending
+        if _LF not in chunk:
+            pending += chunk
+            return []
+        lines = chunk.split(b"\n")
+        if pending:
+            pending += lines[0]
+            lines[0] = bytes(pending)
+            pending.clear()
+        pending += lines.pop()
+        return lines
+
+    def _without_bom(self, chunk: bytes) -> bytes:
+        chunk = bytes(self._pending) + chunk
+        self._pending.clear()
+        self._at_start = len(chunk) < 3 and _BOM.startswith(chunk)
+        if self._at_start:
+            self._pending += chunk
+            return b""
+        return chunk.removeprefix(_BOM)
 
 
 class SSEDecoder:
@@ -250,7 +236,7 @@ class SSEDecoder:
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
         self._overflow = ""  # stays: after a lost event the rest is no stream
         self._began = b""  # that event, as far as it had come
-        self._lines = _Lines()
+        self._lines = SSELineDecoder()
         self._size = 0  # bytes since the last blank line
         self._data: list[bytes] = []  # joined once, or many would cost their square
         self._event = ""
@@ -262,7 +248,7 @@ class SSEDecoder:
         data = self._only_data(chunk)
         if data is not None:
             return [ServerSentEvent("message", data, self._id)]
-        return self._take(self._lines.feed(chunk))
+        return self._take(self._lines._split(chunk))
 
     def decode(self, line: str) -> ServerSentEvent | None:
         """Take one line without its end; return the event that a blank one ends."""
@@ -274,21 +260,21 @@ class SSEDecoder:
 
         Most reads are that. Without a look at each line they take half the time.
         """
-        if chunk[:6] != b"data: " or self._size or not self._lines.fresh:
+        lines = self._lines
+        if chunk[:6] != b"data: " or self._size or lines._pending or lines._at_start:
             return None
-        end = chunk.find(b"\n")
-        if chunk[end:] != b"\n\n":
-            end -= 1
-            if chunk[end:] != b"\r\n\r\n":
-                return None
+        end = len(chunk.rstrip(b"\r\n"))
         data = chunk[6:end]
-        if _CR in data or end > self._limit:
+        if chunk[end:] not in (b"\n\n", b"\r\n\r\n") or _LF in data or _CR in data:
             return None
+        if end > self._limit:
+            return None
+        lines._after_cr = False
         return data.decode("utf-8", "replace")
 
     def _take(self, lines: list[bytes]) -> list[ServerSentEvent]:
         if self._overflow:
-            self._lines.pending.clear()
+            self._lines._pending.clear()
             raise SSEError(self._overflow)
         events: list[ServerSentEvent] = []
         size, limit, data = self._size, self._limit, self._data
@@ -296,8 +282,7 @@ class SSEDecoder:
             if not line:
                 # No data, no event; but the id is kept, and the event type forgotten.
                 if data:
-                    joined = data[0] if len(data) == 1 else b"\n".join(data)
-                    text = joined.decode("utf-8", "replace")
+                    text = b"\n".join(data).decode("utf-8", "replace")
                     name = self._event or "message"
                     events.append(ServerSentEvent(name, text, self._id, self._retry))
                     data.clear()
@@ -312,7 +297,7 @@ class SSEDecoder:
             elif line[0] != _COLON:
                 self._field(line, events)
         self._size = size
-        pending = self._lines.pending
+        pending = self._lines._pending
         if pending and size + len(pending) > limit:
             raise self._over(bytes(pending), events)
         return events
@@ -362,24 +347,16 @@ def iter_sse(
     chunks: Iterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> Iterator[ServerSentEvent]:
     """Give the events of a stream of bytes. Raises SSEError for one over the limit."""
-    return _decoded(SSEDecoder(max_event_bytes), chunks)
-
-
-def aiter_sse(
-    chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
-) -> AsyncIterator[ServerSentEvent]:
-    """Async twin of `iter_sse`."""
-    return _adecoded(SSEDecoder(max_event_bytes), chunks)
-
-
-def _decoded(decoder: SSEDecoder, chunks: Iterable[bytes]) -> Iterator[ServerSentEvent]:
+    decoder = SSEDecoder(max_event_bytes)
     for chunk in chunks:
         yield from _fed(decoder, chunk)
 
 
-async def _adecoded(
-    decoder: SSEDecoder, chunks: AsyncIterable[bytes]
+async def aiter_sse(
+    chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> AsyncIterator[ServerSentEvent]:
+    """Async twin of `iter_sse`."""
+    decoder = SSEDecoder(max_event_bytes)
     async for chunk in chunks:
         for event in _fed(decoder, chunk):
             yield event
@@ -445,7 +422,8 @@ def connect_sse(
     **kwargs: Any,
 ) -> Iterator[EventSource]:
     """Ask for an event stream; `kwargs` are those of `client.stream`."""
-    with client.stream(method, url, **_asking_for_events(kwargs)) as response:
+    options = _asking_for_events(client, kwargs)
+    with client.stream(method, url, **options) as response:
         yield EventSource(response, max_event_bytes)
 
 
@@ -459,16 +437,16 @@ async def aconnect_sse(
     **kwargs: Any,
 ) -> AsyncIterator[EventSource]:
     """Async twin of `connect_sse`."""
-    async with client.stream(method, url, **_asking_for_events(kwargs)) as response:
+    options = _asking_for_events(client, kwargs)
+    async with client.stream(method, url, **options) as response:
         yield EventSource(response, max_event_bytes)
 
 
-def _asking_for_events(kwargs: Json) -> Json:
-    ours = {"accept": "text/event-stream", "cache-control": "no-store"}
-    given = kwargs.get("headers") or {}
-    pairs = given.items() if hasattr(given, "items") else given
-    headers = [(name, value) for name, value in pairs if name.lower() not in ours]
-    return {**kwargs, "headers": [*headers, *ours.items()]}
+def _asking_for_events(client: Client | AsyncClient, kwargs: Json) -> Json:
+    headers = type(client.headers)(kwargs.get("headers"))
+    headers["accept"] = "text/event-stream"
+    headers["cache-control"] = "no-store"
+    return kwargs | {"headers": headers}
 
 
 # ------------------------------------------------------------------------------------
