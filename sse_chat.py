@@ -1258,16 +1258,11 @@ def iter_chunks(
     iterable raises is how the body ended.
     """
     answer = _AnswerDecoder(max_event_bytes)
-    cause = None
-    try:
-        for data in chunks:
-            for chunk in answer.feed(data):
-                yield chunk
-            if answer.over:
-                break
-    except _network_errors() as error:
-        cause = error
-    for chunk in answer.finish(cause):
+    reads = iter(chunks)
+    while (data := _read(reads, answer)) is not None:
+        for chunk in answer.feed(data):
+            yield chunk
+    for chunk in answer.finish():
         yield chunk
 
 
@@ -1276,16 +1271,11 @@ async def aiter_chunks(
 ) -> AsyncIterator[ChatCompletionChunk]:
     """Async twin of `iter_chunks`."""
     answer = _AnswerDecoder(max_event_bytes)
-    cause = None
-    try:
-        async for data in chunks:
-            for chunk in answer.feed(data):
-                yield chunk
-            if answer.over:
-                break
-    except _network_errors() as error:
-        cause = error
-    for chunk in answer.finish(cause):
+    reads = aiter(chunks)
+    while (data := await _aread(reads, answer)) is not None:
+        for chunk in answer.feed(data):
+            yield chunk
+    for chunk in answer.finish():
         yield chunk
 
 
@@ -1330,6 +1320,7 @@ class _AnswerDecoder:
 
     def __init__(self, max_event_bytes: int | None, call: _Call | None = None) -> None:
         self.over = ""  # why no more is to be read: "done", "closed" or "late"
+        self.cause: BaseException | None = None  # how the connection broke
         self.deadline: float | None = None  # for the first token, until it is there
         self.failure: APIError | None = None
         self.response: Response | None = None
@@ -1352,6 +1343,12 @@ class _AnswerDecoder:
         """Begin to count the time for the first token."""
         limit = self._call.first_token_timeout if self._call else None
         self.deadline = None if limit is None else time.monotonic() + limit
+
+    def time_left(self) -> float | None:
+        """Return the seconds left for the first token, None if it needs no bound."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.deadline - time.monotonic())
 
     def begin(self, response: Response) -> Response:
         """Take the response; without one, the bytes alone tell what they are."""
@@ -1385,14 +1382,12 @@ class _AnswerDecoder:
 
     def _unzipped(self, data: bytes) -> Iterator[bytes]:
         """Unpack piece by piece: a small body could fill the memory."""
-        piece, problem = data, ""
+        piece = data
         while (data or len(piece) == _PIECE) and not self._unzip.eof:
             try:
                 piece = self._unzip.decompress(data, _PIECE)
             except zlib.error as error:
-                problem = str(error)
-            if problem:
-                raise self._invalid(f"a body that does not unpack ({problem})")
+                raise self._invalid(f"a body that does not unpack ({error})") from error
             yield piece
             data = self._unzip.unconsumed_tail
 
@@ -1436,7 +1431,7 @@ class _AnswerDecoder:
             text = self._head.decode("utf-8", "replace")
             raise self._invalid(f"a body of more than {self._limit} bytes", text)
         if self._kind == "other" and len(self._head) > 4 * _EXCERPT:
-            raise self.verdict(None)
+            raise self.verdict()
         return b""
 
     def _chunk(self, data: str, told: bool = False) -> ChatCompletionChunk | None:
@@ -1444,9 +1439,9 @@ class _AnswerDecoder:
 
         It is an error if the name of the event has `told` so.
         """
+        if told:
+            raise self._failed(_reported(APIError, data, self._redact))
         payload, problem = _parsed(data)
-        if told or _find_error(payload):
-            raise self._reported(data)
         if not problem:
             return self._chunk_of(payload, data)
         if data.startswith("[DONE]"):
@@ -1458,36 +1453,42 @@ class _AnswerDecoder:
     def _chunk_of(
         self, payload: Any, text: str, whole: bool = False
     ) -> ChatCompletionChunk:
-        if type(payload) is not dict:
-            raise self._invalid("JSON that is no object", text)
+        """Return the chunk that a JSON text is, the only one if that is the `whole`."""
+        if _find_error(payload):
+            raise self._failed(_reported(APIError, text, self._redact))
+        if type(payload) is not dict or (whole and not self._is_whole(payload)):
+            raise self._invalid("JSON that is no answer", text)
         try:
             chunk = ChatCompletionChunk._build(payload)
             self._answer.add(chunk)
             if whole and not self._answer.failure:
                 self._json = _copy(payload)
         except (ValueError, RecursionError) as error:
-            problem = str(error)
-        else:
-            if not self.has_token and any(_has_token(c.delta) for c in chunk.choices):
-                self.has_token, self.deadline = True, None
-            return chunk
-        raise self._invalid(f"JSON that is no chat completion ({problem})", text)
+            what = f"JSON that is no answer ({error})"
+            raise self._invalid(what, text) from error
+        if not self.has_token and any(_has_token(c.delta) for c in chunk.choices):
+            self.has_token, self.deadline = True, None
+        return chunk
 
-    def finish(self, cause: Exception | None) -> Iterator[ChatCompletionChunk]:
-        """Give what the last bytes hold, then raise if the answer is not complete.
+    def _is_whole(self, payload: Json) -> bool:
+        """Tell whether a JSON body is what was asked for."""
+        if self._lists_models:
+            return isinstance(payload.get("data", ""), list | None)
+        choices = _dicts(payload.get("choices"))
+        return bool(choices) and all(type(c.get("message")) is dict for c in choices)
 
-        `cause` is how the connection broke, None if the server ended the body.
-        """
+    def finish(self) -> Iterator[ChatCompletionChunk]:
+        """Give what the last bytes hold, then raise if the answer is not complete."""
         if self._kind == "stream" and not self.over:
             yield from self._last_event()
         elif self._kind == "json" and not self.over:
-            yield from self._from_json(cause)
-        self.check(cause)
+            yield self._from_json()
+        self.check()
 
-    def check(self, cause: Exception | None = None) -> None:
+    def check(self) -> None:
         """Raise if what has come is no whole answer."""
         if not self.complete:
-            raise self.failure or self.verdict(cause)
+            raise self.failure or self.verdict()
 
     def _last_event(self) -> Iterator[ChatCompletionChunk]:
         """Give the event that no blank line ended, if it is whole all the same.
@@ -1495,86 +1496,59 @@ class _AnswerDecoder:
         llama.cpp has sent `[DONE]` so. No part of a JSON object is one: what can be
         parsed was not cut. Of an error, its beginning is better than nothing.
         """
+        events: list[ServerSentEvent] = []
         with suppress(SSEError):
-            for event in self._events.feed(b"\n\n"):
-                told = event.event == "error"
-                whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
-                chunk = self._chunk(event.data, told) if told or whole else None
-                if chunk is not None:
-                    yield chunk
+            events = self._events.feed(b"\n\n")
+        for event in events:
+            whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
+            if whole or event.event == "error":
+                yield from self._chunks([event])
 
-    def _from_json(self, cause: Exception | None) -> Iterable[ChatCompletionChunk]:
-        """Give a body that came in one piece, with `[DONE]` after it or not."""
+    def _from_json(self) -> ChatCompletionChunk:
+        """Return the answer that a JSON body is, with `[DONE]` after it or not."""
         text = self._head.decode("utf-8-sig", "replace")
         payload, problem = _parsed(text)
         end = getattr(problem, "pos", 0)
         if end and "data:[DONE]".startswith("".join(text[end:].split())):
             payload, problem = _parsed(text[:end])
-        if problem and (cause or _may_be_cut(text, problem)):
-            raise self.verdict(cause)
+        if problem and (self.cause or _may_be_cut(text, problem)):
+            raise self.verdict()
         if problem:
             raise self._invalid(f"a body that is not JSON ({problem})", text)
-        if _find_error(payload):
-            raise self._reported(text)
-        if type(payload) is not dict:
-            raise self._invalid("JSON that is no object", text)
-        return self._take_json(payload, text)
-
-    def _take_json(self, payload: Any, text: str) -> Iterable[ChatCompletionChunk]:
-        """Return a completion that came in one piece as one chunk."""
-        if self._lists_models:
-            if not isinstance(payload.get("data", ""), list | None):
-                raise self._invalid("JSON that is no list of models", text)
-            ids = [model.get("id") for model in _dicts(payload["data"])]
-            self._json = {"data": list(filter(_string, ids))}
-            return []
-        choices = _dicts(payload.get("choices"))
-        if not choices or not all(type(c.get("message")) is dict for c in choices):
-            raise self._invalid("JSON that is no chat completion", text)
-        return [self._chunk_of(payload, text, whole=True)]
-
-    def time_left(self) -> float | None:
-        """Return the seconds left for the first token, None if it needs no bound."""
-        if self.deadline is None:
-            return None
-        return max(0.0, self.deadline - time.monotonic())
+        return self._chunk_of(payload, text, whole=True)
 
     def ended_by(self, error: APIError) -> APIError:
         """Return why no answer began: `error`, unless it was ended from here."""
         left = self.time_left()
         if left is not None and left < 0.01:  # clocks differ a little
             self.end("late")
-        self.failure = self.verdict(error.__cause__) if self.over else error
+        self.cause = error.__cause__
+        self.failure = self.verdict() if self.over else error
         return self.failure
 
-    async def awake(self) -> None:
-        """End what another task waits for."""
-        if self.response is None or self.over_http2:
-            self.scope.cancel()
-        else:
-            await self.response.aclose()
-
-    def verdict(self, cause: BaseException | None) -> APIError:
+    def verdict(self) -> APIError:
         """Say why an answer that is not complete ended."""
-        if self.over == "closed":
-            what = "the stream was closed here before the answer was whole"
-            return self._fail(TruncatedStreamError, what)
-        if self.over == "late" and self._call:
-            what = f"no token within {self._call.first_token_timeout} s"
-            return self._fail(APITimeoutError, f"{what} (first_token_timeout)", cause)
-        if self._answer.failure:
-            what = f"the server ended the answer with {self._answer.failure!r}"
-            return self._fail(TruncatedStreamError, what, cause)
-        if not cause and (self.over or self._kind == "other" or not self._mark):
-            return self._no_answer()
+        cause = self.cause
         how = f"the connection broke ({_words(cause)})" if cause else "it ended"
         if _is_timeout(cause):
             how = f"no data for {self._call.timeout[1]} s" if self._call else "silence"
-            if not self.has_token:
-                what = f"{how}, waiting for the first token"
-                return self._fail(APITimeoutError, what, cause)
+        kind: type[APIError] = TruncatedStreamError
         what = f"the answer was cut off: {how} before a finish_reason or [DONE]"
-        return self._fail(TruncatedStreamError, what, cause)
+        if self.over == "closed":
+            what = "the stream was closed here before the answer was whole"
+            cause = None  # what that did to the connection
+        elif self.over == "late" and self._call:
+            kind = APITimeoutError
+            limit = self._call.first_token_timeout
+            what = f"no token within {limit} s (first_token_timeout)"
+        elif self._answer.failure:
+            what = f"the server ended the answer with {self._answer.failure!r}"
+        elif not cause and (self.over or not self._mark or self._kind == "other"):
+            return self._no_answer()
+        elif _is_timeout(cause) and not self.has_token:
+            kind = APITimeoutError
+            what = f"{how}, waiting for the first token"
+        return self._failed(kind(self._redact(what)), cause)
 
     def _no_answer(self) -> APIError:
         if self.over:
@@ -1589,22 +1563,14 @@ class _AnswerDecoder:
         text = self._redact(text)
         began = f": {text[:_EXCERPT]!r}" if text else ""
         message = self._redact(f"the server sent {what}{began}")
-        return self._seen(APIResponseValidationError(message, text))
+        return self._failed(APIResponseValidationError(message, text))
 
-    def _reported(self, text: str) -> APIError:
-        return self._seen(_reported(APIError, text, self._redact))
-
-    def _fail(
-        self, kind: type[APIError], message: str, cause: BaseException | None = None
-    ) -> APIError:
-        error = self._seen(kind(self._redact(message)))
-        # A cause whose words hold a secret is left out.
-        error.__cause__ = cause if self._redact(str(cause)) == str(cause) else None
-        return error
-
-    def _seen(self, error: APIError) -> APIError:
+    def _failed(self, error: APIError, cause: BaseException | None = None) -> APIError:
+        """Keep why there is no whole answer; what has come of it is on the error."""
         error.context = f" ({self._call.shown_url})" if self._call else ""
         error.completion = self.completion
+        # A cause whose words hold a secret is left out.
+        error.__cause__ = cause if self._redact(str(cause)) == str(cause) else None
         self.failure = error
         return error
 
@@ -1755,9 +1721,8 @@ _REST_BYTES = 64 * 1024
 _ERROR_BODY_SECONDS = 5.0
 _DRAIN_SECONDS = 0.5
 
-_LONGEST = (
-    1e6  # seconds; sockets and threads take no more than some thousand times that
-)
+# Sockets and threads take no more than some thousand times that.
+_LONGEST = 1e6  # seconds
 
 # Keywords of openai's SDK that are not fields of a request, and what to write for them.
 _INSTEAD = {
@@ -1814,6 +1779,7 @@ class _Call:
         self.method = "POST"
         self.request: Any = None  # the latest, with all that httpx has added
         self.retries = 0
+        self.started = 0.0  # when the latest attempt began
         self.died = False  # a kept connection did; no failure of ours, the first time
 
     @property
@@ -1840,6 +1806,7 @@ class _Call:
 
     def build(self, client: Any, most: float | None = None) -> Any:
         """Make the request of an attempt; no phase of it takes over `most` seconds."""
+        self.started = time.monotonic()
         timeout = self.timeout
         if most is not None:
             most = max(most, 0.001)
@@ -1864,8 +1831,8 @@ class _Call:
                 text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
         return text
 
-    def failure(self, cause: Exception, started: float) -> APIConnectionError:
-        """Make the error of an attempt without an answer, that began at `started`."""
+    def failure(self, cause: Exception) -> APIConnectionError:
+        """Make the error of an attempt that got no answer."""
         words, advice = self.redact(_words(cause)), ""
         if _is_timeout(cause):
             phase = _PHASES.get(type(cause).__name__, "connecting")
@@ -1876,7 +1843,7 @@ class _Call:
             advice += "OPENAI_BASE_URL"
         else:
             error = APIConnectionError(f"{_BROKE}: {words}")
-        waited = time.monotonic() - started
+        waited = time.monotonic() - self.started
         error.context = f" ({self.shown_url}, after {waited:.1f} s){advice}"
         error.__cause__ = cause if self.redact(str(cause)) == str(cause) else None
         return error
@@ -1948,15 +1915,14 @@ _FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
 
 def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds that `Retry-After` asks for, as a number or as a date."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with suppress(ValueError):
-            seconds = float(headers.get(name, "")) * unit
-            return seconds if 0 <= seconds < math.inf else None
+    text = headers.get("retry-after", "")
+    with suppress(ValueError):
+        seconds = float(text)
+        return seconds if 0 <= seconds < math.inf else None
     with suppress(ValueError, TypeError, OverflowError):
         from email.utils import parsedate_to_datetime
 
-        date = parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, date.timestamp() - now)
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
     return None
 
 
@@ -1974,11 +1940,8 @@ def _endpoint(text: str) -> tuple[str, str]:
         text = ("http://" if local else "https://") + text
     try:
         parts = urlsplit(text)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.port == 0
-        ):
+        known = parts.scheme in ("http", "https")
+        if not (known and parts.hostname) or parts.port == 0:
             raise ValueError
     except ValueError:  # its words may hold a piece of a password
         example = "http://localhost:11434/v1"
@@ -2099,29 +2062,24 @@ def _tls(https: bool) -> Any:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _new_client(kind: str, url: str) -> Any:
-    """Make a client with as many connections as it is asked for, of which it keeps few.
+def _client(call: _Call, kind: str) -> Any:
+    """Return the client to ask, in a context that closes it if it is our own.
 
-    At httpx's default of 100 the next streams wait until they fail; and its pool takes
-    the square of the time in what it keeps.
+    That has as many connections as it is asked for, and keeps few: at httpx's default
+    of 100 the next streams wait until they fail, and its pool takes the square of the
+    time in what it keeps.
     """
+    if call.client is not None:
+        return nullcontext(call.client)
     httpx = _load_httpx()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    verify = _tls(call.url.startswith("https:"))
     try:
-        return getattr(httpx, kind)(
-            verify=_tls(url.startswith("https:")), limits=limits
-        )
+        return getattr(httpx, kind)(verify=verify, limits=limits)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
-        why = (
-            "needs `pip install httpx[socks]`" if "SOCKS" in str(error) else "is no URL"
-        )
+        socks = "SOCKS" in str(error)
+    why = "needs `pip install httpx[socks]`" if socks else "is no URL"
     raise APIConnectionError(f"the proxy that the environment names {why}")
-
-
-def _client_for(call: _Call, kind: str) -> Any:
-    """Return the client to ask, in a context that closes it if it is our own."""
-    own = call.client is None
-    return _new_client(kind, call.url) if own else nullcontext(call.client)
 
 
 def _ask(
@@ -2131,23 +2089,15 @@ def _ask(
 
     It knows the answer and not the stream, so that who drops the stream drops this.
     """
-    cause = None
     with (
-        _client_for(call, "Client") as client,
+        _client(call, "Client") as client,
         closing(_open(call, answer, client)) as response,
     ):
         reads = response.iter_raw()
-        while not answer.over:
-            try:
-                data = _read(reads, answer)
-            except _network_errors() as error:
-                cause = error
-                break
-            if data is None:
-                break
+        while (data := _read(reads, answer)) is not None:
             for chunk in answer.feed(data):
                 yield chunk
-        for chunk in answer.finish(cause):
+        for chunk in answer.finish():
             yield chunk
         _rest(reads, response, _DRAIN_SECONDS)
 
@@ -2156,23 +2106,15 @@ async def _aask(
     call: _Call, answer: _AnswerDecoder
 ) -> AsyncGenerator[ChatCompletionChunk, None]:
     """Async twin of `_ask`."""
-    cause = None
     async with (
-        _client_for(call, "AsyncClient") as client,
+        _client(call, "AsyncClient") as client,
         aclosing(await _aopen(call, answer, client)) as response,
     ):
         reads = response.aiter_raw()
-        while not answer.over:
-            try:
-                data = await _aread(reads, answer)
-            except _network_errors() as error:
-                cause = error
-                break
-            if data is None:
-                break
+        while (data := await _aread(reads, answer)) is not None:
             for chunk in answer.feed(data):
                 yield chunk
-        for chunk in answer.finish(cause):
+        for chunk in answer.finish():
             yield chunk
         await _arest(reads, response, _DRAIN_SECONDS)
 
@@ -2181,7 +2123,6 @@ def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     """Ask, again where the rules say so, until an answer begins."""
     answer.start()
     while True:
-        started = time.monotonic()
         try:
             request = call.build(client, answer.time_left())
             response = client.send(request, stream=True, follow_redirects=False)
@@ -2192,12 +2133,11 @@ def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
                 body = _rest(response.iter_raw(), response, _ERROR_BODY_SECONDS)
             error: APIError = call.refusal(response, body)
         except _network_errors() as cause:
-            error = call.failure(cause, started)
+            error = call.failure(cause)
         wait = call.wait_before_retry(error, answer.time_left())
         if wait is None or answer.over:
             raise answer.ended_by(error)
-        if wait:
-            time.sleep(wait)
+        time.sleep(wait)
 
 
 async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
@@ -2207,7 +2147,6 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     answer.start()
     with anyio.move_on_after(answer.time_left()) as answer.scope:
         while True:
-            started = time.monotonic()
             try:
                 request = call.build(client)
                 response = await client.send(
@@ -2220,36 +2159,46 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
                     body = await _arest(reads, response, _ERROR_BODY_SECONDS)
                 error: APIError = call.refusal(response, body)
             except _network_errors() as cause:
-                error = call.failure(cause, started)
+                error = call.failure(cause)
             wait = call.wait_before_retry(error, answer.time_left())
             if wait is None or answer.over:
                 raise answer.ended_by(error)
-            if wait:
-                await anyio.sleep(wait)
+            await anyio.sleep(wait)
     answer.end("late")
-    raise answer.verdict(None)
+    raise answer.verdict()
 
 
 def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
-    """Return what comes next, None at the end; httpx bounds the wait for it.
+    """Return what comes next, None where no more does; httpx bounds the wait for it.
 
     The time for the first token spans several reads, so a thread looks after it.
     """
-    if answer.deadline is None:
-        return next(reads, None)
-    with _alarm(answer.time_left() or 0.0, answer.response, answer):
-        return next(reads, None)
+    if answer.over:
+        return None
+    try:
+        if answer.deadline is None:
+            return next(reads, None)
+        with _alarm(answer.time_left() or 0.0, answer.response, answer):
+            return next(reads, None)
+    except _network_errors() as error:
+        answer.cause = error
+    return None
 
 
 async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
-    if answer.deadline is None and not answer.over_http2:
-        return await anext(reads, None)
-    import anyio
+    if answer.over:
+        return None
+    try:
+        if answer.deadline is None and not answer.over_http2:
+            return await anext(reads, None)
+        import anyio
 
-    with anyio.move_on_after(answer.time_left()) as answer.scope:
-        return await anext(reads, None)
-    answer.end("late")
+        with anyio.move_on_after(answer.time_left()) as answer.scope:
+            return await anext(reads, None)
+        answer.end("late")
+    except _network_errors() as error:
+        answer.cause = error
     return None
 
 
@@ -2314,6 +2263,14 @@ def _wake(response: Any) -> None:
     with suppress(OSError):
         if not response.is_closed:
             stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+async def _awake(answer: _AnswerDecoder) -> None:
+    """End what another task waits for."""
+    if answer.response is None or answer.over_http2:
+        answer.scope.cancel()
+    else:
+        await answer.response.aclose()
 
 
 def _check_client(client: Any, kind: str) -> None:
@@ -2430,7 +2387,7 @@ class AsyncChatStream(_Stream):
         try:
             await self._chunks.aclose()
         except RuntimeError:  # another task is in it, and closes it
-            await self._answer.awake()
+            await _awake(self._answer)
 
     async def __aenter__(self) -> AsyncChatStream:
         return self
@@ -2554,8 +2511,8 @@ async def _awhole(call: _Call) -> ChatCompletion:
 
 
 def _names(listed: ChatCompletion) -> list[str]:
-    names: list[str] = listed.raw["data"]
-    return names
+    ids = [model.get("id") for model in _dicts(listed.raw["data"])]
+    return list(filter(_string, ids))
 
 
 class _Client:
@@ -2567,7 +2524,7 @@ class _Client:
     def __init__(self, **options: Any) -> None:
         call = _Call("", **options)
         _check_client(call.client, self._kind)
-        self._own = None if call.client else _new_client(self._kind, call.url)
+        self._own = None if call.client else _client(call, self._kind)
         owned = {"base_url": call.base_url, "api_key": call.api_key}
         self._options: Json = options | owned | {"client": call.client or self._own}
 
