@@ -1319,7 +1319,7 @@ class _AnswerDecoder:
     """
 
     def __init__(self, max_event_bytes: int | None, call: _Call | None = None) -> None:
-        self.over = ""  # why no more is to be read: "done", "closed" or "late"
+        self.over = ""  # why no more is to be read: "done" or "closed"
         self.cause: BaseException | None = None  # how the connection broke
         self.deadline: float | None = None  # for the first token, until it is there
         self.failure: APIError | None = None
@@ -1350,6 +1350,11 @@ class _AnswerDecoder:
             return None
         return max(0.0, self.deadline - time.monotonic())
 
+    def is_late(self) -> bool:
+        """Tell whether the time for the first token is up."""
+        left = self.time_left()
+        return left is not None and left < 0.01  # clocks differ a little
+
     def begin(self, response: Response) -> Response:
         """Take the response; without one, the bytes alone tell what they are."""
         self.response = response
@@ -1359,7 +1364,7 @@ class _AnswerDecoder:
         return response
 
     def end(self, why: str) -> None:
-        """Read no more: [DONE] came, or it was ended from here."""
+        """Read no more: [DONE] came, or it was closed here."""
         self.over = self.over or why
 
     @property
@@ -1519,11 +1524,8 @@ class _AnswerDecoder:
 
     def ended_by(self, error: APIError) -> APIError:
         """Return why no answer began: `error`, unless it was ended from here."""
-        left = self.time_left()
-        if left is not None and left < 0.01:  # clocks differ a little
-            self.end("late")
         self.cause = error.__cause__
-        self.failure = self.verdict() if self.over else error
+        self.failure = self.verdict() if self.over or self.is_late() else error
         return self.failure
 
     def verdict(self) -> APIError:
@@ -1537,7 +1539,7 @@ class _AnswerDecoder:
         if self.over == "closed":
             what = "the stream was closed here before the answer was whole"
             cause = None  # what that did to the connection
-        elif self.over == "late" and self._call:
+        elif self.is_late() and self._call:
             kind = APITimeoutError
             limit = self._call.first_token_timeout
             what = f"no token within {limit} s (first_token_timeout)"
@@ -2164,7 +2166,6 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
             if wait is None or answer.over:
                 raise answer.ended_by(error)
             await anyio.sleep(wait)
-    answer.end("late")
     raise answer.verdict()
 
 
@@ -2173,12 +2174,12 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
     The time for the first token spans several reads, so a thread looks after it.
     """
-    if answer.over:
+    if answer.over or answer.is_late():
         return None
     try:
         if answer.deadline is None:
             return next(reads, None)
-        with _alarm(answer.time_left() or 0.0, answer.response, answer):
+        with _alarm(answer.time_left() or 0.0, answer.response):
             return next(reads, None)
     except _network_errors() as error:
         answer.cause = error
@@ -2187,7 +2188,7 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
 async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
-    if answer.over:
+    if answer.over or answer.is_late():
         return None
     try:
         if answer.deadline is None and not answer.over_http2:
@@ -2196,7 +2197,6 @@ async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes |
 
         with anyio.move_on_after(answer.time_left()) as answer.scope:
             return await anext(reads, None)
-        answer.end("late")
     except _network_errors() as error:
         answer.cause = error
     return None
@@ -2229,18 +2229,11 @@ async def _arest(reads: AsyncIterator[bytes], response: Any, seconds: float) -> 
 
 
 @contextmanager
-def _alarm(
-    seconds: float, response: Any, answer: _AnswerDecoder | None = None
-) -> Iterator[None]:
-    """Wake a read that has not come back after `seconds`; the answer is late then."""
+def _alarm(seconds: float, response: Any) -> Iterator[None]:
+    """Wake a read that has not come back after `seconds`."""
     import threading
 
-    def ring() -> None:
-        if answer is not None:
-            answer.end("late")
-        _wake(response)
-
-    timer = threading.Timer(seconds, ring)
+    timer = threading.Timer(seconds, _wake, [response])
     timer.daemon = True
     timer.start()
     try:
@@ -2511,8 +2504,8 @@ async def _awhole(call: _Call) -> ChatCompletion:
 
 
 def _names(listed: ChatCompletion) -> list[str]:
-    ids = [model.get("id") for model in _dicts(listed.raw["data"])]
-    return list(filter(_string, ids))
+    ids = [_string(model.get("id")) for model in _dicts(listed.raw["data"])]
+    return list(filter(None, ids))
 
 
 class _Client:
