@@ -75,7 +75,6 @@ else:  # for whoever reads the annotations at run time
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound="_Model")
-E = TypeVar("E", bound="APIError")
 
 Json = dict[str, Any]
 
@@ -110,9 +109,7 @@ DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024
 MAX_CHOICES = 1024
 MAX_DEPTH = 100
 
-# ------------------------------------------------------------------------------------
-# Server-sent events: HTML Living Standard, section 9.2
-# ------------------------------------------------------------------------------------
+# ---- Server-sent events: HTML Living Standard, section 9.2 ---------------------------
 
 
 class SSEError(Exception):
@@ -449,9 +446,7 @@ def _asking_for_events(client: Client | AsyncClient, kwargs: Json) -> Json:
     return kwargs | {"headers": headers}
 
 
-# ------------------------------------------------------------------------------------
-# Chat types: openai's names, fields and repr, as plain dataclasses
-# ------------------------------------------------------------------------------------
+# ---- Chat types: openai's names, fields and repr, as plain dataclasses ---------------
 
 
 class _Model:
@@ -895,9 +890,7 @@ class ChatCompletion(_Answer):
         return [choice.message for choice in self.choices if choice.index == 0]
 
 
-# ------------------------------------------------------------------------------------
-# Errors: openai's names, one tree
-# ------------------------------------------------------------------------------------
+# ---- Errors: openai's names, one tree ------------------------------------------------
 
 
 class APIError(Exception):
@@ -960,9 +953,7 @@ class APIResponseValidationError(APIError):
     """What came is no answer: no event stream, no JSON, no choice, or over a limit."""
 
 
-# ------------------------------------------------------------------------------------
-# Accumulating: chunks to a whole answer
-# ------------------------------------------------------------------------------------
+# ---- Accumulating: chunks to a whole answer ------------------------------------------
 
 # What servers call the end of a choice that failed (vLLM, DeepSeek, OpenRouter, …).
 _FAILURE = re.compile(
@@ -1244,9 +1235,7 @@ def _beginning(tag: str, text: str) -> str:
     return end if tag.startswith(end) else ""
 
 
-# ------------------------------------------------------------------------------------
-# How an answer ends: bytes to chunks, and the verdict
-# ------------------------------------------------------------------------------------
+# ---- How an answer ends: bytes to chunks, and the verdict ----------------------------
 
 
 def iter_chunks(
@@ -1281,11 +1270,9 @@ async def aiter_chunks(
 
 def _network_errors() -> tuple[type[Exception], ...]:
     """Return what httpx, httpx2 (as far as they are loaded) and sockets raise."""
-    loaded = [m for m in map(sys.modules.get, ("httpx", "httpx2")) if m is not None]
-    return (
-        OSError,
-        *(e for m in loaded for e in (m.HTTPError, m.StreamError, m.InvalidURL)),
-    )
+    loaded = filter(None, map(sys.modules.get, ("httpx", "httpx2")))
+    kinds = ("HTTPError", "StreamError", "InvalidURL")
+    return (OSError, *(getattr(module, kind) for module in loaded for kind in kinds))
 
 
 class _ChatEvents(SSEDecoder):
@@ -1348,7 +1335,7 @@ class _AnswerDecoder:
         """Return the seconds left for the first token, None if it needs no bound."""
         if self.deadline is None:
             return None
-        return max(0.0, self.deadline - time.monotonic())
+        return max(0.001, self.deadline - time.monotonic())
 
     def is_late(self) -> bool:
         """Tell whether the time for the first token is up."""
@@ -1445,7 +1432,7 @@ class _AnswerDecoder:
         It is an error if the name of the event has `told` so.
         """
         if told:
-            raise self._failed(_reported(APIError, data, self._redact))
+            raise self._failed(APIError(*_told(data, self._redact)))
         payload, problem = _parsed(data)
         if not problem:
             return self._chunk_of(payload, data)
@@ -1460,7 +1447,7 @@ class _AnswerDecoder:
     ) -> ChatCompletionChunk:
         """Return the chunk that a JSON text is, the only one if that is the `whole`."""
         if _find_error(payload):
-            raise self._failed(_reported(APIError, text, self._redact))
+            raise self._failed(APIError(*_told(text, self._redact)))
         if type(payload) is not dict or (whole and not self._is_whole(payload)):
             raise self._invalid("JSON that is no answer", text)
         try:
@@ -1668,8 +1655,8 @@ def _error_text(error: Any, depth: int = 4) -> str:
     return text if len(text) <= 5 * _EXCERPT else text[: 5 * _EXCERPT] + " …"
 
 
-def _reported(kind: type[E], text: str, redact: Callable[[str], str]) -> E:
-    """Make an error of what a server said about it, in JSON or in plain text."""
+def _told(text: str, redact: Callable[[str], str]) -> tuple[Any, ...]:
+    """Return what a server said about an error, as APIError takes it."""
     error: Json = {}
     try:
         body = _redacted(json.loads(text), redact)
@@ -1678,14 +1665,10 @@ def _reported(kind: type[E], text: str, redact: Callable[[str], str]) -> E:
     except (ValueError, RecursionError):
         body = redact(text)
         said = _error_text(body)
-    code = error.get("code")
-    return kind(
-        str(_encodable(said)) or "(no message)",
-        body,
-        code if isinstance(code, (int, str)) else None,
-        _string(error.get("type")),
-        _string(error.get("param")),
-    )
+    code, kind, param = map(error.get, ("code", "type", "param"))
+    code = code if isinstance(code, (int, str)) else None
+    message = _encodable(said) or "(no message)"
+    return message, body, code, _string(kind), _string(param)
 
 
 def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
@@ -1705,9 +1688,7 @@ def _unzip(response: Response) -> Any:
     return zlib.decompressobj(zlib.MAX_WBITS | 32) if packed else None
 
 
-# ------------------------------------------------------------------------------------
-# Asking: the request, and what is decided before an answer begins, without I/O
-# ------------------------------------------------------------------------------------
+# ---- Asking: the request, and what is decided before an answer begins, without I/O ---
 
 Messages = str | Sequence[Mapping[str, Any] | ChatCompletionMessage]
 
@@ -1811,10 +1792,10 @@ class _Call:
         self.started = time.monotonic()
         timeout = self.timeout
         if most is not None:
-            most = max(most, 0.001)
             timeout = tuple(min(most, seconds or most) for seconds in timeout)
-        content = self.content() if self.method == "POST" else None
-        options = {"headers": self.headers, "content": content, "timeout": timeout}
+        options: Json = {"headers": self.headers, "timeout": timeout}
+        if self.method == "POST":
+            options["content"] = self.content()
         self.request = client.build_request(self.method, self.url, **options)
         return self.request
 
@@ -1857,7 +1838,7 @@ class _Call:
             with suppress(zlib.error):
                 body = unzip.decompress(body, _PIECE)
         text = body.decode("utf-8", "replace") or response.reason_phrase
-        error = _reported(APIStatusError, text, self.redact)
+        error = APIStatusError(*_told(text, self.redact))
         error.status_code = response.status_code
         error.context = f" ({self.shown_url}){self.advice(response)}"
         error.retry_after = _retry_after(response.headers, time.time())
@@ -1868,8 +1849,8 @@ class _Call:
             if name.lower() not in _FRAMING
         ]
         content = self.redact(text).encode()
-        copy = type(response)(response.status_code, headers=headers, content=content)
-        error.response = copy
+        make: type[Response] = type(response)
+        error.response = make(response.status_code, headers=headers, content=content)
         return error
 
     def advice(self, response: Response) -> str:
@@ -2038,9 +2019,7 @@ def _to_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot go into a request")
 
 
-# ------------------------------------------------------------------------------------
-# Streaming: the same twice, with `for` and with `async for`
-# ------------------------------------------------------------------------------------
+# ---- Streaming: the same twice, with `for` and with `async for` ----------------------
 
 
 def _load_httpx() -> Any:
@@ -2389,9 +2368,7 @@ class AsyncChatStream(_Stream):
         await self.aclose()
 
 
-# ------------------------------------------------------------------------------------
-# The ways to ask
-# ------------------------------------------------------------------------------------
+# ---- The ways to ask -----------------------------------------------------------------
 
 
 _OWNED = ("base_url", "api_key", "client")  # by a ChatClient: its calls have none
@@ -2597,9 +2574,7 @@ class AsyncChatClient(_Client):
         await self.aclose()
 
 
-# ------------------------------------------------------------------------------------
-# Demo server: the wire format of a real one, and no model
-# ------------------------------------------------------------------------------------
+# ---- Demo server: the wire format of a real one, and no model ------------------------
 
 
 @contextmanager
@@ -2781,9 +2756,7 @@ def _demo_tokens(text: str) -> list[str]:
     return re.findall(r"\s*\S+|\s+", text)
 
 
-# ------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------
 
 _EXIT_CODES = """\
 exit codes: 0 the answer is whole; 1 an error of the server, the network or a file;
