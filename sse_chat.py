@@ -419,8 +419,7 @@ def connect_sse(
     **kwargs: Any,
 ) -> Iterator[EventSource]:
     """Ask for an event stream; `kwargs` are those of `client.stream`."""
-    options = _asking_for_events(client, kwargs)
-    with client.stream(method, url, **options) as response:
+    with client.stream(method, url, **_for_events(client, kwargs)) as response:
         yield EventSource(response, max_event_bytes)
 
 
@@ -434,12 +433,11 @@ async def aconnect_sse(
     **kwargs: Any,
 ) -> AsyncIterator[EventSource]:
     """Async twin of `connect_sse`."""
-    options = _asking_for_events(client, kwargs)
-    async with client.stream(method, url, **options) as response:
+    async with client.stream(method, url, **_for_events(client, kwargs)) as response:
         yield EventSource(response, max_event_bytes)
 
 
-def _asking_for_events(client: Client | AsyncClient, kwargs: Json) -> Json:
+def _for_events(client: Client | AsyncClient, kwargs: Json) -> Json:
     headers = type(client.headers)(kwargs.get("headers"))
     headers["accept"] = "text/event-stream"
     headers["cache-control"] = "no-store"
@@ -1390,23 +1388,20 @@ class _AnswerDecoder:
         if only is not None:  # as a rule; saves an event and a generator
             chunk = self._chunk(only)
             return () if chunk is None else (chunk,)
-        try:
-            return self._chunks(self._events.feed(data))
-        except SSEError as overflow:
-            return self._chunks(overflow.events, over=True)
+        return self._chunks(data)
 
-    def _chunks(
-        self, events: list[ServerSentEvent], over: bool = False
-    ) -> Iterator[ChatCompletionChunk]:
-        for event in events:
-            chunk = self._chunk(event.data, event.event == "error")
-            if chunk is not None:
-                yield chunk
-            if self.over:
-                return
-        if over:
+    def _chunks(self, data: bytes) -> Iterator[ChatCompletionChunk]:
+        try:
+            for event in _fed(self._events, data):
+                chunk = self._chunk(event.data, event.event == "error")
+                if chunk is not None:
+                    yield chunk
+                if self.over:
+                    return
+        except SSEError:
+            text = self._events._began.decode("utf-8", "replace")
             what = f"an event of more than {self._limit} bytes"
-            raise self._invalid(what, self._events._began.decode("utf-8", "replace"))
+            raise self._invalid(what, text) from None
 
     def _recognise(self, data: bytes) -> bytes:
         """Hold the body back until its first bytes tell what it is; give a stream's."""
@@ -1488,13 +1483,13 @@ class _AnswerDecoder:
         llama.cpp has sent `[DONE]` so. No part of a JSON object is one: what can be
         parsed was not cut. Of an error, its beginning is better than nothing.
         """
-        events: list[ServerSentEvent] = []
         with suppress(SSEError):
-            events = self._events.feed(b"\n\n")
-        for event in events:
-            whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
-            if whole or event.event == "error":
-                yield from self._chunks([event])
+            for event in self._events.feed(b"\n\n"):
+                told = event.event == "error"
+                whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
+                chunk = self._chunk(event.data, told) if told or whole else None
+                if chunk is not None:
+                    yield chunk
 
     def _from_json(self) -> ChatCompletionChunk:
         """Return the answer that a JSON body is, with `[DONE]` after it or not."""
@@ -2153,7 +2148,7 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
     The time for the first token spans several reads, so a thread looks after it.
     """
-    if answer.over or answer.is_late():
+    if answer.over:
         return None
     try:
         if answer.deadline is None:
@@ -2167,7 +2162,7 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
 async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
-    if answer.over or answer.is_late():
+    if answer.over:
         return None
     try:
         if answer.deadline is None and not answer.over_http2:
