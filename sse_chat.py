@@ -2576,17 +2576,13 @@ class AsyncChatClient(_Client):
 def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]:
     """Serve the chat API on a loopback port, and give its base URL; also for tests.
 
-    It answers about the prompt that it gets, with `delay` seconds between tokens, and
-    refuses requests without `api_key`, if given. It heeds `stream`, `stream_options`,
-    `n`, `stop`, `max_tokens` (reasoning counts, too), and calls one of `tools` where
-    `tool_choice` demands it. What is still open when the context ends is closed.
+    It answers about the prompt that it gets, with `delay` seconds before each token,
+    and refuses requests without `api_key`, if given. It heeds `stream`, `n`, `stop`,
+    `stream_options`, `max_tokens` (reasoning counts, too), and calls the first of
+    `tools` where `tool_choice` is "required".
     """
-    import socket
     import threading
-    import weakref
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    connections: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -2594,157 +2590,111 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            path = self.path.partition("?")[0]
-            if api_key and self.headers["authorization"] != f"Bearer {api_key}":
-                self.send_failure(401, "no API key, or a wrong one", "invalid_api_key")
-            elif self.command == "GET" and path.endswith("/models"):
-                models = [{"id": "demo", "object": "model", "owned_by": "sse_chat"}]
-                self.send_json(200, {"object": "list", "data": models})
-            elif self.command == "POST" and path.endswith("/chat/completions"):
-                self.send_completion(body)
-            else:
-                self.send_failure(404, f"there is no {path}")
+            known = not api_key or self.headers["authorization"] == f"Bearer {api_key}"
+            status, answer = _demo_answer(self.path.partition("?")[0], body, known)
+            kind, pieces = "application/json", [json.dumps(answer).encode()]
+            if isinstance(answer, list):
+                kind, data = "text/event-stream", [*map(json.dumps, answer), "[DONE]"]
+                pieces = [ServerSentEvent(data=each).encode() for each in data]
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.send_header("Connection", "close")  # none outlives the server
+            self.end_headers()
+            for piece in pieces:
+                time.sleep(delay)
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.write(b"0\r\n\r\n")
 
         do_GET = do_POST
-
-        def send_completion(self, body: bytes) -> None:
-            try:
-                chunks = _demo_chunks(asked := json.loads(body))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                return self.send_failure(400, f"this is no chat request: {error!r}")
-            if asked.get("stream"):
-                return self.send_stream([*map(json.dumps, chunks), "[DONE]"])
-            whole = accumulate(map(ChatCompletionChunk.from_dict, chunks))
-            return self.send_json(200, whole.to_dict())
-
-        def send_failure(self, status: int, text: str, code: str | None = None) -> None:
-            error = {"message": text, "type": "invalid_request_error"}
-            self.send_json(status, {"error": error | {"param": None, "code": code}})
-
-        def send_json(self, status: int, value: Json) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def send_stream(self, events: list[str]) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for data in events:
-                time.sleep(delay)
-                event = b"data: %s\n\n" % data.encode()
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
-            self.wfile.write(b"0\r\n\r\n")
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
     class Server(ThreadingHTTPServer):
-        daemon_threads = True
         request_queue_size = 1024
-
-        def get_request(self) -> tuple[socket.socket, Any]:
-            connection, address = super().get_request()
-            connections.add(connection)
-            return connection, address
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             pass  # a client that went away
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        serve = functools.partial(server.serve_forever, poll_interval=0.05)
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"
         finally:
             server.shutdown()
-            thread.join()
-            for connection in list(connections):
-                with suppress(OSError):  # its client has left before
-                    connection.shutdown(socket.SHUT_RDWR)
 
 
-def _demo_chunks(asked: Json) -> list[Json]:
-    """Return the chunks that answer a request, and its usage where that is due."""
+def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[Json]]:
+    """Return a status and what goes with it: JSON, or the chunks of a stream."""
+    if not known:
+        status, problem = 401, "no API key, or a wrong one"
+    elif path.endswith("/models"):
+        return 200, {"object": "list", "data": [{"id": "demo", "object": "model"}]}
+    elif path.endswith("/chat/completions"):
+        try:
+            return 200, _demo_completion(json.loads(body))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            status, problem = 400, f"this is no chat request: {error!r}"
+    else:
+        status, problem = 404, f"there is no {path}"
+    return status, {"error": {"message": problem, "type": "invalid_request_error"}}
+
+
+def _demo_completion(asked: Json) -> Json | list[Json]:
+    """Return the answer to a request, in one piece or as chunks."""
     prompt = _content(asked["messages"][-1])[0] or ""
-    tool = _demo_tool(asked)
-    finish = "tool_calls" if tool else "stop"
-    tokens = _demo_call(tool, asked) if tool else _demo_text(prompt, asked)
+    called = asked.get("tool_choice") == "required"
+    deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
+    finish = "tool_calls" if called else "stop"
     limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
-    if limit and limit < len(tokens):
-        tokens, finish = tokens[:limit], "length"
-
+    if limit and limit < len(deltas):
+        deltas, finish = deltas[:limit], "length"
     n = asked.get("n") or 1
-    role = {"role": "assistant", "content": None if tool else ""}
+    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": n * len(deltas)}
+    usage = {**spent, "total_tokens": sum(spent.values())}
     choices = [
         {"index": index, "delta": delta, "finish_reason": None if delta else finish}
-        for delta in (role, *tokens, {})
+        for delta in ({"role": "assistant"}, *deltas, {})
         for index in range(n)
     ]
-    chunks: list[Json] = [{"choices": [choice]} for choice in choices]
+    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": "demo"}
+    head |= {"object": "chat.completion.chunk"}
+    chunks: list[Json] = [{**head, "choices": [choice]} for choice in choices]
+    last = {**head, "choices": [], "usage": usage}
+    if not asked.get("stream"):
+        return accumulate(map(ChatCompletionChunk.from_dict, [*chunks, last])).to_dict()
     options = asked.get("stream_options") or {}
-    if options.get("include_usage") or not asked.get("stream"):
-        spent = {"prompt_tokens": len(prompt.split())}
-        spent["completion_tokens"] = n * len(tokens)
-        spent["total_tokens"] = sum(spent.values())
-        chunks.append({"choices": [], "usage": spent})
-    head = {"id": "chatcmpl-demo", "object": "chat.completion.chunk", "model": "demo"}
-    return [{**head, "created": int(time.time()), **chunk} for chunk in chunks]
+    return [*chunks, last] if options.get("include_usage") else chunks
 
 
-def _demo_text(prompt: str, asked: Json) -> list[Json]:
-    turn = sum(message["role"] == "user" for message in asked["messages"])
-    thoughts = f"The prompt has {len(prompt)} characters, and this is turn {turn}."
+def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
+    """Return what each token adds to the reasoning, then to the answer."""
+    thoughts = f"The prompt has {len(prompt)} characters."
     answer = (
         f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo server "
-        "of sse_chat, which knows the chat API and nothing else. For a real answer "
-        "start a server, such as `ollama serve`, and leave out --demo."
+        "of sse_chat. For a real answer start one, such as `ollama serve`."
     )
-    stop = asked.get("stop") or []
-    for word in [stop] if isinstance(stop, str) else stop:
+    for word in [stop] if isinstance(stop, str) else stop or ():
         answer = answer.partition(word)[0]
     deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
     return deltas + [{"content": token} for token in _demo_tokens(answer)]
 
 
-def _demo_tool(asked: Json) -> Json | None:
-    """Return the function that a request demands to be called, if it demands one."""
-    choice = asked.get("tool_choice")
-    functions: list[Json] = [tool["function"] for tool in asked.get("tools") or []]
-    if choice == "required":
-        return functions[0]
-    if isinstance(choice, dict):
-        return {f["name"]: f for f in functions}[choice["function"]["name"]]
-    return None
-
-
-def _demo_call(function: Json, asked: Json) -> list[Json]:
-    arguments = json.dumps(_demo_value(function.get("parameters") or {}))
-    pieces: list[Json] = [{"name": function["name"], "arguments": ""}]
-    pieces += [{"arguments": token} for token in _demo_tokens(arguments)]
-    calls: list[Json] = [{"index": 0, "function": piece} for piece in pieces]
-    calls[0] |= {"id": f"call_{len(asked['messages'])}", "type": "function"}
-    return [{"tool_calls": [call]} for call in calls]
-
-
-def _demo_value(schema: Json) -> Any:
-    """Return something small that fits a JSON schema, as far as its types tell."""
-    if schema.get("enum"):
-        return schema["enum"][0]
-    if schema.get("anyOf"):
-        return _demo_value(schema["anyOf"][0])
-    kind = schema.get("type", "object")
-    kind = kind[0] if isinstance(kind, list) else kind
-    if kind == "object":
-        names, schemas = schema.get("required") or [], schema.get("properties") or {}
-        return {name: _demo_value(schemas.get(name) or {}) for name in names}
-    values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
-    return values.get(kind)
+def _demo_call(asked: Json) -> list[Json]:
+    """Return what each token adds to a call of the first tool; simple types fit it."""
+    function = asked["tools"][0]["function"]
+    schema = function.get("parameters") or {}
+    fits = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
+    arguments = {
+        name: fits.get(str(schema["properties"][name].get("type")))
+        for name in schema.get("required") or ()
+    }
+    call = {"id": f"call_{len(asked['messages'])}", "type": "function"}
+    pieces: list[Json] = [{**call, "function": {"name": function["name"]}}]
+    for token in _demo_tokens(json.dumps(arguments)):
+        pieces.append({"function": {"arguments": token}})
+    return [{"tool_calls": [{"index": 0, **piece}]} for piece in pieces]
 
 
 def _demo_tokens(text: str) -> list[str]:
