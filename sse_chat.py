@@ -2727,11 +2727,11 @@ def main(argv: list[str] | None = None) -> int:
             _prepare_streams()
             stack.callback(sys.stdout.flush)
             args = _parser().parse_intermixed_args(argv)
-            args.base_url = _base_url(args.base_url)
+            url = _base_url(args.base_url)
             if args.demo:
                 os.environ["no_proxy"] = "*"  # none leads to this process
-                args.base_url = stack.enter_context(demo_server(delay=0.02))
-            client = ChatClient(base_url=args.base_url, timeout=args.timeout)
+                url = stack.enter_context(demo_server(delay=0.02))
+            client = ChatClient(base_url=url, timeout=args.timeout)
             return _Terminal(args, stack.enter_context(client)).run()
     except KeyboardInterrupt:
         return 130
@@ -2798,7 +2798,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-s", "--system", metavar="TEXT", help="a system message")
     add("-u", "--base-url", metavar="URL", help=f"default: {DEFAULT_BASE_URL}")
     what = "goes into the request; VALUE as JSON, else as text; repeatable"
-    add("-o", "--option", metavar="KEY=VALUE", action="append", type=_option, help=what)
+    add("-o", "--option", metavar="KEY=VALUE", action="append", default=[], help=what)
     flag("--json", help="print the server's chunks, one a line")
     flag("--no-stream", help="ask for the answer in one piece")
     flag("--usage", help="tell model, tokens and times on standard error")
@@ -2813,11 +2813,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    from argparse import ArgumentTypeError
-
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise ArgumentTypeError("-o wants KEY=VALUE")
+        raise ValueError("-o wants KEY=VALUE")
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):
@@ -2832,13 +2830,13 @@ def _base_url(given: str | None) -> str | None:
     text = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
     if given or os.environ.get("OPENAI_BASE_URL", "").strip() or not text:
         return given
-    forms = r"(?s)\A(?:(\w+)://)?(\[.*\]|[^/:]*|[^/]*)(?::(\d*))?(/.*)?\Z"
+    forms = r"(?s)\A(\w+://)?(\[.*\]|[^/:]*|[^/]*)(:\d+)?:?(/.*)?\Z"
     scheme, host, port, path = re.findall(forms, text)[0]
-    port = port or {"http": "80", "https": "443"}.get(scheme, "11434")
+    port = port or ("" if scheme else ":11434")
     host = host.strip("[]")
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host) or host
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     host = f"[{host}]" if ":" in host else host
-    return f"{scheme or 'http'}://{host}:{port}{path.rstrip('/')}/v1"
+    return f"{scheme or 'http://'}{host}{port}{path.rstrip('/')}/v1"
 
 
 class _Terminal:
@@ -2848,9 +2846,9 @@ class _Terminal:
         self.args = args
         self.client = client
         self.model = args.model or os.environ.get("OPENAI_MODEL") or None
-        self.system = args.system
-        self.messages: list[Json] = []
-        self.open_lines: set[Any] = set()  # outputs whose last line has no end yet
+        self.options = dict(map(_option, args.option))
+        self.messages = _messages([], args.system)
+        self.open: dict[Any, bool] = {}  # outputs whose last line has no end yet
         self.stop_spinner: Callable[[], None] = lambda: None
 
     def run(self) -> int:
@@ -2864,8 +2862,8 @@ class _Terminal:
             if self.model and sys.stderr.isatty():
                 _tell(f"asking {self.model}")
         if self.args.dry_run:
-            return self.dry_run(prompt)
-        return self.answer(prompt) if prompt else self.converse()
+            return self.dry_run(self.request(prompt))
+        return self.answer(self.request(prompt)) if prompt else self.converse()
 
     def prompt(self) -> str:
         """Return standard input and the words as one text, "" for a conversation."""
@@ -2881,104 +2879,77 @@ class _Terminal:
             raise ValueError("no prompt, neither as words nor on standard input")
         return text
 
-    def options(self) -> Json:
-        """Return what goes into each request beside the messages."""
-        options: Json = {"model": self.model, "system": self.system}
+    def request(self, prompt: str) -> _Call:
+        options: Json = {"model": self.model}
         if self.args.usage and not self.args.no_stream:
             options["stream_options"] = {"include_usage": True}
-        return options | dict(self.args.option or ())
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        call = self.client._call(messages, options | self.options)
+        return call.in_one_piece() if self.args.no_stream else call
 
-    def dry_run(self, prompt: str) -> int:
+    def dry_run(self, call: _Call) -> int:
         """Show the request, and a curl command that sends it, without secrets."""
-        import shlex
+        from shlex import quote
 
-        call = _Call(prompt, base_url=self.args.base_url, **self.options())
-        call = call.in_one_piece() if self.args.no_stream else call
-        key = call.headers.pop("authorization", None)
-        words = [f"-H{name}: {value}" for name, value in call.headers.items()]
-        words += ["-d", json.dumps(call.body), call.shown_url]
-        curl = f"curl -N {shlex.join(words)}"
-        if "?" in call.url:
-            curl += '"?$QUERY"'
-        if key:
-            call.headers["authorization"] = "[key]"
-            bearer = '-H "Authorization: Bearer $OPENAI_API_KEY"'
-            curl += ' -u "$USER_AND_PASSWORD"' if call.login else f" {bearer}"
+        if "authorization" in call.headers:  # variables of the shell, for curl
+            secret = (
+                "Basic $LOGIN_IN_BASE64" if call.login else "Bearer $OPENAI_API_KEY"
+            )
+            call.headers["authorization"] = secret
         shown = {"url": call.shown_url, "headers": call.headers, "body": call.body}
-        self.show(f"{json.dumps(shown, indent=2, ensure_ascii=False)}\n\n{curl}\n")
+        curl = [f'-H "{name}: {value}"' for name, value in call.headers.items()]
+        curl += ["-d", quote(json.dumps(call.body)), quote(call.shown_url)]
+        query = '"?$QUERY"' if "?" in call.url else ""
+        self.show(json.dumps(shown, indent=2, ensure_ascii=False))
+        self.show(f"\n\ncurl -N {' '.join(curl)}{query}\n")
         return 0
 
-    def answer(self, prompt: str) -> int:
+    def answer(self, call: _Call) -> int:
         """Ask, show the answer as it comes, and keep it; return the exit code."""
-        self.messages.append({"role": "user", "content": prompt})
-        self.whole, self.times = ChatAccumulator(), [time.monotonic()]
-        self.failure: APIError | None = None
-        self.stop_spinner = _spin()
-        said = ""
-        try:
-            for thinking, text in split_thinking(self.texts()):
-                said += "" if thinking else text
-                if not self.args.json:
-                    self.show(text, thinking)
-        finally:
-            self.stop_spinner()
-            self.end_line(sys.stdout)
-            self.end_line(sys.stderr)
-            if said.strip():
-                self.messages.append({"role": "assistant", "content": said})
-            else:
-                self.messages.pop()
-        return self.conclude(self.whole.completion)
+        said, times = "", [time.monotonic()]
+        if sys.stderr.isatty():
+            self.stop_spinner = _spin()
+        with ChatStream(call) as stream:
+            try:
+                for thinking, text in split_thinking(self.texts(stream, times)):
+                    said += "" if thinking else text
+                    if not self.args.json:
+                        self.show(text, thinking)
+            finally:
+                self.stop_spinner()
+                self.end_line(sys.stdout)
+                self.end_line(sys.stderr)
+                if said.strip():
+                    reply = {"role": "assistant", "content": said}
+                    self.messages = [*call.body["messages"], reply]
+            next(stream, None)  # raises what has ended the answer before its time
+        if self.args.usage:
+            times.append(time.monotonic())
+            name = stream.completion.model or self.model
+            _tell(f"{name}: {_spent(stream.completion.usage, times)}")
+        for choice in stream.completion.choices:
+            if limit := _NOT_WHOLE.get(choice.finish_reason or ""):
+                _tell(f"the answer is not whole: it stopped at {limit}")
+                return 3
+        return 0
 
-    def texts(self) -> Iterator[str]:
-        """Ask, give the answer's text piece by piece, and show what else comes."""
+    def texts(self, stream: ChatStream, times: list[float]) -> Iterator[str]:
+        """Give the answer's text piece by piece, and show what else comes.
+
+        An error only ends it: what was held back of the text comes first.
+        """
         join = _joiner()
-        try:
-            for chunk in self.chunks():
-                self.whole.add(chunk)
+        with suppress(APIError):
+            for chunk in stream:
                 if chunk.text or chunk.reasoning:
-                    self.times.append(time.monotonic())
+                    times.append(time.monotonic())
                 if self.args.json:
                     self.show(json.dumps(chunk.raw) + "\n")
                 else:
                     self.show(_encodable(chunk.reasoning), thinking=True)
                 refusals = (c.delta.refusal for c in chunk.choices if c.index == 0)
                 yield join(chunk.text + "".join(filter(None, refusals)))
-        except APIError as error:  # it is raised after what was held back of the text
-            self.failure = error
-            if self.args.no_stream:
-                yield error.completion.text
         yield join("", final=True)
-
-    def chunks(self) -> Iterable[ChatCompletionChunk]:
-        if not self.args.no_stream:
-            return self.client.stream(self.messages, **self.options())
-        whole = self.client.generate(self.messages, **self.options())
-        return [ChatCompletionChunk.from_dict(whole.raw)]
-
-    def conclude(self, completion: ChatCompletion) -> int:
-        """Tell what there is to tell of an answer that has ended."""
-        if self.failure is not None:
-            raise self.failure
-        if self.args.usage:
-            self.times.append(time.monotonic())
-            _tell(f"{completion.model or self.model}: {self.spent(completion.usage)}")
-        for choice in completion.choices:
-            if limit := _NOT_WHOLE.get(choice.finish_reason or ""):
-                _tell(f"the answer is not whole: it stopped at {limit}")
-                return 3
-        return 0
-
-    def spent(self, usage: CompletionUsage | None) -> str:
-        """Tell tokens and times, as far as they are known and mean something."""
-        start, first, last, end = (self.times[at] for at in (0, 1, -2, -1))
-        told = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
-        if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
-            return told
-        if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
-            told += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
-        return f"{counts[0]} + {counts[1]} tokens, {told}"
 
     def show(self, text: str, thinking: bool = False) -> None:
         """Print text on standard output, thinking on standard error, at once."""
@@ -2992,13 +2963,10 @@ class _Terminal:
         if thinking and to.isatty() and not os.environ.get("NO_COLOR"):
             shown = f"\x1b[2m{shown}\x1b[0m"  # dim
         print(shown, end="", file=to, flush=True)
-        self.open_lines.discard(to)
-        if not text.endswith("\n"):
-            self.open_lines.add(to)
+        self.open[to] = not text.endswith("\n")
 
     def end_line(self, to: Any) -> None:
-        if to in self.open_lines:
-            self.open_lines.remove(to)
+        if self.open.pop(to, False):
             print(file=to, flush=True)
 
     def converse(self) -> int:
@@ -3017,7 +2985,7 @@ class _Terminal:
                     self.show(self.command(name, value.strip()) + "\n")
                 elif text.strip():
                     with suppress(KeyboardInterrupt):  # which stops the answer alone
-                        self.answer(text)
+                        self.answer(self.request(text))
             except EOFError:
                 self.show("\n")
                 return 0
@@ -3033,10 +3001,11 @@ class _Terminal:
         if name == "/?":
             return _CHAT_HELP
         if name == "/clear":
-            self.messages.clear()
+            self.messages = [m for m in self.messages if m["role"] == "system"]
             return "the conversation is forgotten"
         if name == "/system":
-            self.system = value
+            said = [m for m in self.messages if m["role"] != "system"]
+            self.messages = _messages(said, value)
             return "the system message is set" if value else "no system message"
         if name == "/model":
             self.model = value or self.model
@@ -3055,13 +3024,12 @@ class _Terminal:
         path = os.path.realpath(name)
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"/save wants a file, and {name!r} is none")
-        messages = _messages(self.messages, self.system)
-        text = json.dumps(messages, ensure_ascii=False, indent=1)
         with TemporaryDirectory(dir=os.path.dirname(path)) as beside:
             with open(f"{beside}/messages", "w", encoding="utf-8") as file:
+                text = json.dumps(self.messages, ensure_ascii=False, indent=1)
                 file.write(_encodable(text))
             os.replace(file.name, path)
-        return f"saved {len(messages)} messages to {name}"
+        return f"saved {len(self.messages)} messages to {name}"
 
     def load(self, name: str) -> str:
         """Take the messages of a file, all of them or none."""
@@ -3073,15 +3041,24 @@ class _Terminal:
                 raise ValueError
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{name} holds no list of messages") from None
-        first = [m.get("content") for m in messages[:1] if m["role"] == "system"]
-        self.system, self.messages = first[0] if first else None, messages[len(first) :]
+        self.messages = messages
         return f"loaded {len(messages)} messages from {name}"
+
+
+def _spent(usage: CompletionUsage | None, times: list[float]) -> str:
+    """Tell tokens and times, as far as they are known and mean something."""
+    start, first, last, end = (times[at] for at in (0, 1, -2, -1))
+    told = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
+    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
+    if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
+        return told
+    if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
+        told += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
+    return f"{counts[0]} + {counts[1]} tokens, {told}"
 
 
 def _spin() -> Callable[[], None]:
     """Turn a spinner at a terminal; return what stops it, and leaves no trace."""
-    if not sys.stderr.isatty():
-        return lambda: None
     import threading
 
     over = threading.Event()
