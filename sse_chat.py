@@ -2671,10 +2671,8 @@ def _demo_completion(asked: Json) -> Json | list[Json]:
 def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
     """Return what each token adds to the reasoning, then to the answer."""
     thoughts = f"The prompt has {len(prompt)} characters."
-    answer = (
-        f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo server "
-        "of sse_chat. For a real answer start one, such as `ollama serve`."
-    )
+    answer = f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo "
+    answer += "server. For a real answer start another, such as `ollama serve`."
     for word in [stop] if isinstance(stop, str) else stop or ():
         answer = answer.partition(word)[0]
     deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
@@ -2704,9 +2702,8 @@ def _demo_tokens(text: str) -> list[str]:
 # ---- Command line --------------------------------------------------------------------
 
 _EXIT_CODES = """\
-exit codes: 0 the answer is whole; 1 an error of the server, the network or a file;
-2 wrong usage; 3 the answer is not whole (cut off, at the token limit, filtered), and
-what came is printed; 130 Ctrl-C
+exit codes: 0 whole; 1 an error of the server, the network or a file; 2 wrong usage;
+3 printed, but not whole (cut off, at the token limit, filtered); 130 Ctrl-C
 
 environment: OPENAI_BASE_URL, OPENAI_API_KEY (no option takes the key: all users of a
 machine see options), OPENAI_MODEL, OLLAMA_HOST, NO_COLOR"""
@@ -2717,6 +2714,7 @@ _CHAT_HELP = '''\
 /model NAME    ask another; alone: list   /bye        leave, as Ctrl-D does
 """            begins and ends a text of several lines; Ctrl-C stops an answer'''
 
+_NO_DOTS = "   \r"  # what the dots end with that tell that nothing has come yet
 _NOT_WHOLE = {"length": "the token limit", "content_filter": "a content filter"}
 
 
@@ -2761,15 +2759,14 @@ def _complain(error: Exception) -> int:
     advice = str(error).replace(said, "", 1).strip(" :;")
     if type(error) is APIConnectionError:
         advice = f"{advice}; --demo needs no server"
-    _tell(said, advice.replace("base_url", "--base-url"))
+    _tell(f"{said}\n{advice.replace('base_url', '--base-url')}".strip())
     if isinstance(error, TruncatedStreamError):
         return 3
     return 1 if isinstance(error, (APIError, OSError)) else 2
 
 
-def _tell(*lines: str) -> None:
-    """Print lines about the answer, or in its place, on standard error."""
-    text = "\n".join(" ".join(line.split()) for line in lines if line)
+def _tell(text: str) -> None:
+    """Print words of ours about the answer, or in its place, on standard error."""
     print(f"sse_chat: {_printable(text)}", file=sys.stderr)
 
 
@@ -2785,7 +2782,6 @@ def _parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="sse_chat.py",
         description="Ask a model at an OpenAI-compatible server. Standard input that "
         "is no terminal goes before the prompt; without either this is a conversation.",
         epilog=_EXIT_CODES,
@@ -2816,20 +2812,17 @@ def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise ValueError("-o wants KEY=VALUE")
-    try:
+    with suppress(ValueError, RecursionError):
         return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
+    return name, value
 
 
 def _base_url(given: str | None) -> str | None:
-    """Return where to ask: as given, else OPENAI_BASE_URL, else OLLAMA_HOST.
-
-    Of the last any part may be missing; 0.0.0.0 is where Ollama listens.
-    """
+    """Return where to ask: as given, else OPENAI_BASE_URL, else OLLAMA_HOST."""
     text = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
     if given or os.environ.get("OPENAI_BASE_URL", "").strip() or not text:
         return given
+    # Any part of it may be missing, and 0.0.0.0 is where Ollama listens.
     forms = r"(?s)\A(\w+://)?(\[.*\]|[^/:]*|[^/]*)(:\d+)?:?(/.*)?\Z"
     scheme, host, port, path = re.findall(forms, text)[0]
     port = port or ("" if scheme else ":11434")
@@ -2846,10 +2839,8 @@ class _Terminal:
         self.args = args
         self.client = client
         self.model = args.model or os.environ.get("OPENAI_MODEL") or None
-        self.options = dict(map(_option, args.option))
         self.messages = _messages([], args.system)
-        self.open: dict[Any, bool] = {}  # outputs whose last line has no end yet
-        self.stop_spinner: Callable[[], None] = lambda: None
+        self.ends: dict[Any, str] = {}  # of each output: what its last line wants
 
     def run(self) -> int:
         if self.args.list_models:
@@ -2861,9 +2852,10 @@ class _Terminal:
                 self.model = next(iter(self.client.models()), None)
             if self.model and sys.stderr.isatty():
                 _tell(f"asking {self.model}")
+        call = self.request(prompt)
         if self.args.dry_run:
-            return self.dry_run(self.request(prompt))
-        return self.answer(self.request(prompt)) if prompt else self.converse()
+            return self.dry_run(call)
+        return self.answer(call) if prompt else self.converse()
 
     def prompt(self) -> str:
         """Return standard input and the words as one text, "" for a conversation."""
@@ -2883,8 +2875,9 @@ class _Terminal:
         options: Json = {"model": self.model}
         if self.args.usage and not self.args.no_stream:
             options["stream_options"] = {"include_usage": True}
+        options |= dict(map(_option, self.args.option))
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        call = self.client._call(messages, options | self.options)
+        call = self.client._call(messages, options)
         return call.in_one_piece() if self.args.no_stream else call
 
     def dry_run(self, call: _Call) -> int:
@@ -2892,9 +2885,7 @@ class _Terminal:
         from shlex import quote
 
         if "authorization" in call.headers:  # variables of the shell, for curl
-            secret = (
-                "Basic $LOGIN_IN_BASE64" if call.login else "Bearer $OPENAI_API_KEY"
-            )
+            secret = "Basic $LOGIN_BASE64" if call.login else "Bearer $OPENAI_API_KEY"
             call.headers["authorization"] = secret
         shown = {"url": call.shown_url, "headers": call.headers, "body": call.body}
         curl = [f'-H "{name}: {value}"' for name, value in call.headers.items()]
@@ -2908,7 +2899,7 @@ class _Terminal:
         """Ask, show the answer as it comes, and keep it; return the exit code."""
         said, times = "", [time.monotonic()]
         if sys.stderr.isatty():
-            self.stop_spinner = _spin()
+            self.put(sys.stderr, "...\r", _NO_DOTS)
         with ChatStream(call) as stream:
             try:
                 for thinking, text in split_thinking(self.texts(stream, times)):
@@ -2916,7 +2907,6 @@ class _Terminal:
                     if not self.args.json:
                         self.show(text, thinking)
             finally:
-                self.stop_spinner()
                 self.end_line(sys.stdout)
                 self.end_line(sys.stderr)
                 if said.strip():
@@ -2934,12 +2924,9 @@ class _Terminal:
         return 0
 
     def texts(self, stream: ChatStream, times: list[float]) -> Iterator[str]:
-        """Give the answer's text piece by piece, and show what else comes.
-
-        An error only ends it: what was held back of the text comes first.
-        """
+        """Give the answer's text piece by piece, and show what else comes."""
         join = _joiner()
-        with suppress(APIError):
+        with suppress(APIError):  # what was held back of the text comes before it
             for chunk in stream:
                 if chunk.text or chunk.reasoning:
                     times.append(time.monotonic())
@@ -2955,19 +2942,20 @@ class _Terminal:
         """Print text on standard output, thinking on standard error, at once."""
         if not text or (thinking and self.args.hide_reasoning):
             return
-        self.stop_spinner()
-        if not thinking:
-            self.end_line(sys.stderr)
         to = sys.stderr if thinking else sys.stdout
+        if not thinking or self.ends.get(to) == _NO_DOTS:
+            self.end_line(sys.stderr)
         shown = _printable(text) if to.isatty() else text
         if thinking and to.isatty() and not os.environ.get("NO_COLOR"):
             shown = f"\x1b[2m{shown}\x1b[0m"  # dim
-        print(shown, end="", file=to, flush=True)
-        self.open[to] = not text.endswith("\n")
+        self.put(to, shown, "" if text.endswith("\n") else "\n")
+
+    def put(self, to: Any, text: str, end: str) -> None:
+        print(text, end="", file=to, flush=True)
+        self.ends[to] = end
 
     def end_line(self, to: Any) -> None:
-        if self.open.pop(to, False):
-            print(file=to, flush=True)
+        self.put(to, self.ends.get(to, ""), "")
 
     def converse(self) -> int:
         with suppress(ImportError):
@@ -2976,14 +2964,12 @@ class _Terminal:
         while True:
             try:
                 text = input(">>> ")
-                if quoted := text.startswith('"""'):
-                    while text.count('"""') < 2:
-                        text += "\n" + input("... ")
-                    text = text.replace('"""', "").strip("\n")
-                if text.startswith("/") and not quoted:
+                while text.startswith('"""') and text.count('"""') < 2:
+                    text += "\n" + input("... ")
+                if text.startswith("/"):
                     name, _, value = text.partition(" ")
                     self.show(self.command(name, value.strip()) + "\n")
-                elif text.strip():
+                elif text := text.removeprefix('"""').removesuffix('"""').strip():
                     with suppress(KeyboardInterrupt):  # which stops the answer alone
                         self.answer(self.request(text))
             except EOFError:
@@ -3014,8 +3000,8 @@ class _Terminal:
             raise ValueError(f'{name} is no command: /? tells them, """ begins a text')
         try:
             return self.save(value) if name == "/save" else self.load(value)
-        except OSError as error:
-            raise ValueError(error) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name} failed: {error}") from error
 
     def save(self, name: str) -> str:
         """Write the messages beside the file, then in its place: it is never half."""
@@ -3023,24 +3009,20 @@ class _Terminal:
 
         path = os.path.realpath(name)
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"/save wants a file, and {name!r} is none")
+            raise ValueError(f"{name!r} is no file")
         with TemporaryDirectory(dir=os.path.dirname(path)) as beside:
-            with open(f"{beside}/messages", "w", encoding="utf-8") as file:
-                text = json.dumps(self.messages, ensure_ascii=False, indent=1)
-                file.write(_encodable(text))
-            os.replace(file.name, path)
+            new = f"{beside}/messages"
+            with open(new, "w", encoding="utf-8", errors="replace") as file:
+                json.dump(self.messages, file, ensure_ascii=False, indent=1)
+            os.replace(new, path)
         return f"saved {len(self.messages)} messages to {name}"
 
     def load(self, name: str) -> str:
-        """Take the messages of a file, all of them or none."""
-        try:
-            with open(name, encoding="utf-8") as file:
-                messages = json.load(file)
-            json.dumps(messages, allow_nan=False)  # what cannot be sent is not taken
-            if type(messages) is not list or not all(m["role"] for m in messages):
-                raise ValueError
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(f"{name} holds no list of messages") from None
+        with open(name, encoding="utf-8") as file:
+            messages = json.load(file)
+        if _dicts(messages) != messages or not all(m.get("role") for m in messages):
+            raise ValueError(f"{name!r} holds no list of messages")
+        self.client._call(messages, {})  # raises where they cannot be sent
         self.messages = messages
         return f"loaded {len(messages)} messages from {name}"
 
@@ -3055,28 +3037,6 @@ def _spent(usage: CompletionUsage | None, times: list[float]) -> str:
     if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
         told += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
     return f"{counts[0]} + {counts[1]} tokens, {told}"
-
-
-def _spin() -> Callable[[], None]:
-    """Turn a spinner at a terminal; return what stops it, and leaves no trace."""
-    import threading
-
-    over = threading.Event()
-
-    def turn() -> None:
-        for frame in itertools.cycle("|/-\\"):
-            if over.wait(0.1):
-                break
-            print(f"\r{frame}", end="", file=sys.stderr, flush=True)
-        print("\r \r", end="", file=sys.stderr, flush=True)
-
-    def stop() -> None:
-        over.set()
-        thread.join()
-
-    thread = threading.Thread(target=turn, daemon=True)
-    thread.start()
-    return stop
 
 
 if __name__ == "__main__":
