@@ -2756,7 +2756,7 @@ def _prepare_streams() -> None:
 def _complain(error: Exception) -> int:
     """Tell what was said, and in a second line what to do; return the exit code."""
     said = getattr(error, "message", str(error))
-    advice = str(error).replace(said, "", 1).strip(" :;")
+    advice = " ".join(str(error).replace(said, "", 1).split()).strip(" :;")
     if type(error) is APIConnectionError:
         advice = f"{advice}; --demo needs no server"
     _tell(f"{said}\n{advice.replace('base_url', '--base-url')}".strip())
@@ -2840,7 +2840,7 @@ class _Terminal:
         self.client = client
         self.model = args.model or os.environ.get("OPENAI_MODEL") or None
         self.messages = _messages([], args.system)
-        self.ends: dict[Any, str] = {}  # of each output: what its last line wants
+        self.ends: dict[Any, str] = {}  # what ends the line that an output is in
 
     def run(self) -> int:
         if self.args.list_models:
@@ -3011,10 +3011,9 @@ class _Terminal:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{name!r} is no file")
         with TemporaryDirectory(dir=os.path.dirname(path)) as beside:
-            new = f"{beside}/messages"
-            with open(new, "w", encoding="utf-8", errors="replace") as file:
+            with open(f"{beside}/new", "w", encoding="utf-8", errors="replace") as file:
                 json.dump(self.messages, file, ensure_ascii=False, indent=1)
-            os.replace(new, path)
+            os.replace(file.name, path)
         return f"saved {len(self.messages)} messages to {name}"
 
     def load(self, name: str) -> str:
