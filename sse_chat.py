@@ -2701,7 +2701,10 @@ def _demo_tokens(text: str) -> list[str]:
 
 # ---- Command line --------------------------------------------------------------------
 
-_EXIT_CODES = """\
+_ABOUT = """\
+Ask a model at an OpenAI-compatible server. Standard input that is no terminal goes
+before the prompt; without either this is a conversation.
+
 exit codes: 0 whole; 1 an error of the server, the network or a file; 2 wrong usage;
 3 printed, but not whole (cut off, at the token limit, filtered); 130 Ctrl-C
 
@@ -2714,7 +2717,7 @@ _CHAT_HELP = '''\
 /model NAME    ask another; alone: list   /bye        leave, as Ctrl-D does
 """            begins and ends a text of several lines; Ctrl-C stops an answer'''
 
-_NO_DOTS = "   \r"  # what the dots end with that tell that nothing has come yet
+_CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 _NOT_WHOLE = {"length": "the token limit", "content_filter": "a content filter"}
 
 
@@ -2770,9 +2773,6 @@ def _tell(text: str) -> None:
     print(f"sse_chat: {_printable(text)}", file=sys.stderr)
 
 
-_CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-
-
 def _printable(text: str) -> str:
     """Return text that cannot steer a terminal: control and bidi characters escaped."""
     return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
@@ -2782,10 +2782,7 @@ def _parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
-        description="Ask a model at an OpenAI-compatible server. Standard input that "
-        "is no terminal goes before the prompt; without either this is a conversation.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     flag = functools.partial(add, action="store_true")
@@ -2826,9 +2823,8 @@ def _base_url(given: str | None) -> str | None:
     forms = r"(?s)\A(\w+://)?(\[.*\]|[^/:]*|[^/]*)(:\d+)?:?(/.*)?\Z"
     scheme, host, port, path = re.findall(forms, text)[0]
     port = port or ("" if scheme else ":11434")
-    host = host.strip("[]")
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    host = f"[{host}]" if ":" in host else host
+    host = f"[{host}]" if ":" in host and "[" not in host else host
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host) or host
     return f"{scheme or 'http://'}{host}{port}{path.rstrip('/')}/v1"
 
 
@@ -2899,7 +2895,7 @@ class _Terminal:
         """Ask, show the answer as it comes, and keep it; return the exit code."""
         said, times = "", [time.monotonic()]
         if sys.stderr.isatty():
-            self.put(sys.stderr, "...\r", _NO_DOTS)
+            self.put(sys.stderr, "...\r", "   \r")  # until something comes
         with ChatStream(call) as stream:
             try:
                 for thinking, text in split_thinking(self.texts(stream, times)):
@@ -2943,7 +2939,7 @@ class _Terminal:
         if not text or (thinking and self.args.hide_reasoning):
             return
         to = sys.stderr if thinking else sys.stdout
-        if not thinking or self.ends.get(to) == _NO_DOTS:
+        if not thinking or self.ends.get(to) != "\n":  # it goes on with its own line
             self.end_line(sys.stderr)
         shown = _printable(text) if to.isatty() else text
         if thinking and to.isatty() and not os.environ.get("NO_COLOR"):
