@@ -2960,12 +2960,13 @@ class _Terminal:
         while True:
             try:
                 text = input(">>> ")
-                while text.startswith('"""') and text.count('"""') < 2:
+                quoted = text.startswith('"""')
+                while quoted and text.count('"""') < 2:
                     text += "\n" + input("... ")
                 if text.startswith("/"):
                     name, _, value = text.partition(" ")
                     self.show(self.command(name, value.strip()) + "\n")
-                elif text := text.removeprefix('"""').removesuffix('"""').strip():
+                elif text := (text[3:].removesuffix('"""') if quoted else text).strip():
                     with suppress(KeyboardInterrupt):  # which stops the answer alone
                         self.answer(self.request(text))
             except EOFError:
