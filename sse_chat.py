@@ -1246,11 +1246,8 @@ def iter_chunks(
     """
     answer = _AnswerDecoder(max_event_bytes)
     reads = iter(chunks)
-    while (data := _read(reads, answer)) is not None:
-        for chunk in answer.feed(data):
-            yield chunk
-    for chunk in answer.finish():
-        yield chunk
+    while not answer.finished:
+        yield from answer.feed(_read(reads, answer))
 
 
 async def aiter_chunks(
@@ -1259,11 +1256,9 @@ async def aiter_chunks(
     """Async twin of `iter_chunks`."""
     answer = _AnswerDecoder(max_event_bytes)
     reads = aiter(chunks)
-    while (data := await _aread(reads, answer)) is not None:
-        for chunk in answer.feed(data):
+    while not answer.finished:
+        for chunk in answer.feed(await _aread(reads, answer)):
             yield chunk
-    for chunk in answer.finish():
-        yield chunk
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -1305,6 +1300,7 @@ class _AnswerDecoder:
 
     def __init__(self, max_event_bytes: int | None, call: _Call | None = None) -> None:
         self.over = ""  # why no more is to be read: "done" or "closed"
+        self.finished = False  # the end was fed
         self.cause: BaseException | None = None  # how the connection broke
         self.deadline: float | None = None  # for the first token, until it is there
         self.failure: APIError | None = None
@@ -1364,8 +1360,11 @@ class _AnswerDecoder:
         whole = self._json is not None or self._answer.ended(asked, self.over == "done")
         return whole and self.failure is None
 
-    def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
-        """Give the chunks that `data` ends; raise where the body goes wrong."""
+    def feed(self, data: bytes | None) -> Iterable[ChatCompletionChunk]:
+        """Give the chunks that `data` ends, or None, the end; raise what is wrong."""
+        if data is None:
+            self.finished = True
+            return self._finish()
         if self._unzip is None:
             return self._feed(data)
         return itertools.chain.from_iterable(map(self._feed, self._unzipped(data)))
@@ -1464,7 +1463,7 @@ class _AnswerDecoder:
         choices = _dicts(payload.get("choices"))
         return bool(choices) and all(type(c.get("message")) is dict for c in choices)
 
-    def finish(self) -> Iterator[ChatCompletionChunk]:
+    def _finish(self) -> Iterator[ChatCompletionChunk]:
         """Give what the last bytes hold, then raise if the answer is not complete."""
         if self._kind == "stream" and not self.over:
             yield from self._last_event()
@@ -1551,7 +1550,7 @@ class _AnswerDecoder:
 
     def _failed(self, error: APIError, cause: BaseException | None = None) -> APIError:
         """Keep why there is no whole answer; what has come of it is on the error."""
-        error.context = f" ({self._call.shown_url})" if self._call else ""
+        error.context = f" ({_shown(self._call.url)})" if self._call else ""
         error.completion = self.completion
         # A cause whose words hold a secret is left out.
         error.__cause__ = cause if self._redact(str(cause)) == str(cause) else None
@@ -1760,11 +1759,6 @@ class _Call:
         self.started = 0.0  # when the latest attempt began
         self.died = False  # a kept connection did; no failure of ours, the first time
 
-    @property
-    def shown_url(self) -> str:
-        """The URL without what may be secret in it."""
-        return _shown(self.url)
-
     def content(self) -> bytes:
         return json.dumps(self.body, default=_to_json, allow_nan=False).encode()
 
@@ -1817,12 +1811,11 @@ class _Call:
             error: APIConnectionError = APITimeoutError(f"timed out {phase}")
         elif "Connect" in type(cause).__name__:
             error = APIConnectionError(f"cannot connect: {words}")
-            advice = "; start a server there (`ollama serve`), or set base_url or "
-            advice += "OPENAI_BASE_URL"
+            advice = "; start a server there (`ollama serve`), or set base_url"
         else:
             error = APIConnectionError(f"{_BROKE}: {words}")
         waited = time.monotonic() - self.started
-        error.context = f" ({self.shown_url}, after {waited:.1f} s){advice}"
+        error.context = f" ({_shown(self.url)}, after {waited:.1f} s){advice}"
         error.__cause__ = cause if self.redact(str(cause)) == str(cause) else None
         return error
 
@@ -1835,7 +1828,7 @@ class _Call:
         text = body.decode("utf-8", "replace") or response.reason_phrase
         error = APIStatusError(*_told(text, self.redact))
         error.status_code = response.status_code
-        error.context = f" ({self.shown_url}){self.advice(response)}"
+        error.context = f" ({_shown(self.url)}){self.advice(response)}"
         error.retry_after = _retry_after(response.headers, time.time())
         # A copy: the response itself holds the request, and with it the key.
         headers = [
@@ -1856,7 +1849,7 @@ class _Call:
             return f"; not following to {target} with the key: set base_url to it"
         if status in (401, 403) and not any(map(_SECRET.search, self.request.headers)):
             return "; no key was sent: give api_key, or set OPENAI_API_KEY"
-        if status == 404 and "/v1" not in self.shown_url:
+        if status == 404 and "/v1" not in _shown(self.url):
             return "; most servers want a base_url that ends in /v1"
         return ""
 
@@ -2070,11 +2063,8 @@ def _ask(
         closing(_open(call, answer, client)) as response,
     ):
         reads = response.iter_raw()
-        while (data := _read(reads, answer)) is not None:
-            for chunk in answer.feed(data):
-                yield chunk
-        for chunk in answer.finish():
-            yield chunk
+        while not answer.finished:
+            yield from answer.feed(_read(reads, answer))
         _rest(reads, response, _DRAIN_SECONDS)
 
 
@@ -2087,11 +2077,9 @@ async def _aask(
         aclosing(await _aopen(call, answer, client)) as response,
     ):
         reads = response.aiter_raw()
-        while (data := await _aread(reads, answer)) is not None:
-            for chunk in answer.feed(data):
+        while not answer.finished:
+            for chunk in answer.feed(await _aread(reads, answer)):
                 yield chunk
-        for chunk in answer.finish():
-            yield chunk
         await _arest(reads, response, _DRAIN_SECONDS)
 
 
@@ -2883,9 +2871,9 @@ class _Terminal:
         if "authorization" in call.headers:  # variables of the shell, for curl
             secret = "Basic $LOGIN_BASE64" if call.login else "Bearer $OPENAI_API_KEY"
             call.headers["authorization"] = secret
-        shown = {"url": call.shown_url, "headers": call.headers, "body": call.body}
+        shown = {"url": _shown(call.url), "headers": call.headers, "body": call.body}
         curl = [f'-H "{name}: {value}"' for name, value in call.headers.items()]
-        curl += ["-d", quote(json.dumps(call.body)), quote(call.shown_url)]
+        curl += ["-d", quote(json.dumps(call.body)), quote(_shown(call.url))]
         query = '"?$QUERY"' if "?" in call.url else ""
         self.show(json.dumps(shown, indent=2, ensure_ascii=False))
         self.show(f"\n\ncurl -N {' '.join(curl)}{query}\n")
