@@ -38,14 +38,15 @@ import os
 import re
 import sys
 import time
+import typing
 import zlib
 from base64 import b64encode
+from collections import defaultdict
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Callable,
-    Collection,
     Generator,
     Iterable,
     Iterator,
@@ -61,7 +62,7 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 # Start-up counts: httpx, and what only some uses need, is imported where those begin.
@@ -75,6 +76,7 @@ else:  # for whoever reads the annotations at run time
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound="_Model")
+A = TypeVar("A", bound="_Answer")
 
 Json = dict[str, Any]
 
@@ -453,74 +455,70 @@ class _Model:
     `extra` holds what a server sent beyond the fields, `raw` all that it sent.
     """
 
-    def __repr__(self) -> str:
-        values = [(f, getattr(self, f.name)) for f in _fields(self) if f.repr]
-        shown = [f for f in values if f[1] is not None or "ours" not in f[0].metadata]
-        pairs = ", ".join(f"{f.name}={value!r}" for f, value in shown)
-        return f"{type(self).__name__}({pairs})"
+    _ours = ("reasoning_content", "extra")
 
     @classmethod
     def from_dict(cls: type[M], d: Json) -> M:
         """Build it from what a server sent, whatever is missing, null or unknown."""
-        return cls._build(d)
-
-    @classmethod
-    def _build(cls: type[M], d: Json) -> M:
         made = cls()
-        values: Json = made.__dict__
         builders = _builders(cls)  # type: ignore[arg-type] # a class can be hashed
-        for name, build in builders.items():
-            sent = d.get(name)
-            value = None if sent is None else build(sent)
-            if value is not None:
-                values[name] = value
-        if "extra" in values:
-            values["extra"] = _beyond(builders, d)
-        if "raw" in values:
-            values["raw"] = d
+        extra: Json = {}
+        for name, sent in d.items():
+            if name not in builders:
+                extra[name] = sent
+            elif sent is not None and (value := builders[name](sent)) is not None:
+                setattr(made, name, value)
+        if extra and "extra" in vars(made):
+            vars(made)["extra"] = extra
         return made
 
     def to_dict(self) -> Json:
         """Return it as JSON has it: without unset fields, with unknown ones."""
-        values = {f.name: getattr(self, f.name) for f in _fields(self)}
-        extra = values.pop("extra", None) or {}
-        values.pop("raw", None)
-        return {k: _plain(v) for k, v in values.items() if v is not None} | extra
+        values = {k: _plain(v) for k, v in vars(self).items() if v is not None}
+        extra: Json = values.pop("extra", {})
+        return {k: v for k, v in values.items() if k != "raw"} | extra
 
-
-def _fields(model: Any) -> tuple[Field[Any], ...]:
-    return fields(model)
+    def __repr__(self) -> str:
+        values = vars(self).items()
+        shown = [(k, v) for k, v in values if v is not None or k not in self._ours]
+        pairs = [f"{name}={value!r}" for name, value in shown if name != "raw"]
+        return f"{type(self).__name__}({', '.join(pairs)})"
 
 
 @functools.cache
 def _builders(model: Any) -> dict[str, Callable[[Any], Any]]:
-    """Return the names of the fields that are sent, and what makes their values."""
-    sent = [f for f in _fields(model) if f.name not in ("extra", "raw")]
-    return {f.name: f.metadata.get("build") or _as_it_is for f in sent}
+    """Return what makes the value of each field of what was sent for it."""
+    hints = typing.get_type_hints(model)
+    builders = {k: _builder(hints[k]) for k in hints.keys() - {"extra", "raw"}}
+    if "reasoning_content" in hints:
+        builders["reasoning"] = lambda sent: None  # another name: see _content
+    return builders
 
 
-def _as_it_is(sent: Any) -> Any:
-    return sent
+def _builder(hint: Any) -> Callable[[Any], Any]:
+    """Return what makes a value of this type, and None of what is no such value."""
+    if hint in (int, float):
+        return lambda sent: sent  # a usage that is no number is better than a wrong 0
+    args = typing.get_args(hint)
+    if type(None) in args:  # X | None
+        hint, args = args[0], typing.get_args(args[0])
+    if hint is str:  # llama.cpp has sent arguments as an object
+        return lambda sent: json.dumps(sent) if type(sent) is dict else _string(sent)
+    kind = typing.get_origin(hint) or hint
+    model: Any = args[0] if kind is list else hint
+    if not hasattr(model, "from_dict"):
+        return lambda sent: sent if type(sent) is kind else None
+    # Of calls, one more than are allowed is enough to be refused.
+    most = MAX_CHOICES + 1 if model is ChoiceDeltaToolCall else None
+    if kind is list:
+        return lambda sent: list(map(model.from_dict, _dicts(sent)[:most]))
+    return lambda sent: model.from_dict(sent) if type(sent) is dict else None
 
 
-def _ours() -> Any:
-    return field(default=None, metadata={"ours": True})
-
-
-def _built(build: Callable[[Any], Any], default: Any = None) -> Any:
-    """Make a field whose value is built from what was sent."""
-    make = default if isinstance(default, type) else lambda: default
-    return field(default_factory=make, metadata={"build": build})
-
-
-def _one(model: type[_Model]) -> Callable[[Any], Any]:
-    build = model._build
-    return lambda sent: build(sent) if type(sent) is dict else None
-
-
-def _many(model: type[_Model]) -> Callable[[Any], Any]:
-    build = model._build
-    return lambda sent: list(map(build, _dicts(sent)))
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [v.to_dict() if isinstance(v, _Model) else v for v in value]
+    return value.to_dict() if isinstance(value, _Model) else value
 
 
 def _dicts(sent: Any) -> list[Json]:
@@ -528,22 +526,8 @@ def _dicts(sent: Any) -> list[Json]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.to_dict() if isinstance(value, _Model) else value
-
-
-def _beyond(known: Collection[str], d: Json) -> Json | None:
-    return {name: d[name] for name in d if name not in known} or None
-
-
 def _string(sent: Any) -> str | None:
     return sent if type(sent) is str else None
-
-
-def _integer(sent: Any) -> int | None:
-    return sent if type(sent) is int else None
 
 
 def _encodable(text: Any) -> Any:
@@ -560,16 +544,9 @@ def _encodable(text: Any) -> Any:
 def _joiner() -> Callable[..., str]:
     """Return what does so for texts that come one by one: it holds back half a pair."""
     decode = codecs.getincrementaldecoder("utf-16-le")("replace").decode
-
-    def join(text: str, final: bool = False) -> str:
-        return decode(text.encode("utf-16-le", "surrogatepass"), final)
-
-    return join
-
-
-def _arguments(sent: Any) -> Any:
-    """Return the arguments of a call as text: llama.cpp has sent them as an object."""
-    return sent if sent is None or isinstance(sent, str) else json.dumps(sent)
+    return lambda text, final=False: decode(
+        text.encode("utf-16-le", "surrogatepass"), final
+    )
 
 
 def _content(d: Json) -> tuple[str | None, str | None]:
@@ -579,26 +556,16 @@ def _content(d: Json) -> tuple[str | None, str | None]:
     and OpenRouter, and with Mistral one of the typed parts that content is a list of.
     """
     content = d.get("content")
-    reasoning = d.get("reasoning_content") or d.get("reasoning")
-    reasoning = reasoning if type(reasoning) is str else None
+    reasoning = _string(d.get("reasoning_content") or d.get("reasoning"))
     if content is None or type(content) is str:
         return content, reasoning
-    texts: list[Any] = []
+    sent: list[Any] = content if isinstance(content, list) else [content]
+    parts = [part if isinstance(part, dict) else {"text": part} for part in sent]
     thoughts: list[Any] = [reasoning]
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, dict):
-            texts.append(part.get("text"))
-            thought = part.get("thinking")
-            thoughts += [t.get("text") for t in _dicts(thought)] or [thought]
-        else:
-            texts.append(part)
-    text, thought = ("".join(filter(_string, parts)) for parts in (texts, thoughts))
-    return text, thought or None
-
-
-def _ending(d: Json) -> str | None:
-    """Return the finish_reason; "" is none: SGLang and old Ollama send it with each."""
-    return _string(d.get("finish_reason") or d.get("finishReason")) or None
+    for thinking in [part.get("thinking") for part in parts]:
+        thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
+    texts: list[Any] = [part.get("text") for part in parts]
+    return "".join(filter(_string, texts)), "".join(filter(_string, thoughts)) or None
 
 
 @dataclass(repr=False)
@@ -617,19 +584,15 @@ class ChatCompletionTokenLogprob(_Model):
     token: str = ""
     bytes: list[int] | None = None
     logprob: float = 0.0
-    top_logprobs: list[TopLogprob] = _built(_many(TopLogprob), list)
+    top_logprobs: list[TopLogprob] = field(default_factory=list)
 
 
 @dataclass(repr=False)
 class ChoiceLogprobs(_Model):
     """Log probabilities of the tokens of a choice."""
 
-    content: list[ChatCompletionTokenLogprob] | None = _built(
-        _many(ChatCompletionTokenLogprob)
-    )
-    refusal: list[ChatCompletionTokenLogprob] | None = _built(
-        _many(ChatCompletionTokenLogprob)
-    )
+    content: list[ChatCompletionTokenLogprob] | None = None
+    refusal: list[ChatCompletionTokenLogprob] | None = None
 
 
 @dataclass(repr=False)
@@ -657,33 +620,27 @@ class CompletionUsage(_Model):
     completion_tokens: int = 0
     prompt_tokens: int = 0
     total_tokens: int = 0
-    completion_tokens_details: CompletionTokensDetails | None = _built(
-        _one(CompletionTokensDetails)
-    )
-    prompt_tokens_details: PromptTokensDetails | None = _built(
-        _one(PromptTokensDetails)
-    )
+    completion_tokens_details: CompletionTokensDetails | None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 @dataclass(repr=False)
 class ChoiceDeltaToolCallFunction(_Model):
     """A piece of a function call; the pieces of `arguments` make up one JSON text."""
 
-    arguments: str | None = _built(_arguments)
-    name: str | None = _built(_string)
+    arguments: str | None = None
+    name: str | None = None
 
 
 @dataclass(repr=False)
 class ChoiceDeltaToolCall(_Model):
     """A piece of a tool call; some servers give no `index`, others no `id`."""
 
-    index: int | None = _built(_integer)
-    id: str | None = _built(_string)
-    function: ChoiceDeltaToolCallFunction | None = _built(
-        _one(ChoiceDeltaToolCallFunction)
-    )
-    type: str | None = _built(_string)
-    extra: Json | None = _ours()
+    index: int | None = None
+    id: str | None = None
+    function: ChoiceDeltaToolCallFunction | None = None
+    type: str | None = None
+    extra: Json | None = None
 
 
 @dataclass(repr=False)
@@ -695,53 +652,36 @@ class ChoiceDelta(_Model):
     refusal: str | None = None
     role: str | None = None
     tool_calls: list[ChoiceDeltaToolCall] | None = None
-    reasoning_content: str | None = _ours()
-    extra: Json | None = _ours()
+    reasoning_content: str | None = None
+    extra: Json | None = None
 
     @classmethod
-    def _build(cls, d: Json) -> ChoiceDelta:
+    def from_dict(cls, d: Json) -> ChoiceDelta:
+        """Build it from what a server sent, whatever is missing, null or unknown."""
         content, role = d.get("content"), d.get("role")
-        if type(content) is str and len(d) == 1 + ("role" in d):  # most are: 3 x faster
+        if type(content) is str and len(d) == 1 + ("role" in d):  # as most: 3 x faster
             return cls(content, None, None, role)
-        call, calls = d.get("function_call"), d.get("tool_calls")
-        if calls is not None and len(d) == 1:  # as most pieces of calls come
-            return cls(None, None, None, None, _tool_call_pieces(calls))
-        content, reasoning = _content(d)
-        return cls(
-            content,
-            call if type(call) is dict else None,
-            _string(d.get("refusal")),
-            role,
-            None if calls is None else _tool_call_pieces(calls),
-            reasoning,
-            None if _DELTA.issuperset(d) else _beyond(_DELTA, d),
-        )
-
-
-def _tool_call_pieces(sent: Any) -> list[ChoiceDeltaToolCall]:
-    # One more than are allowed is enough to be refused.
-    return list(map(ChoiceDeltaToolCall._build, _dicts(sent)[: MAX_CHOICES + 1]))
-
-
-_DELTA = {f.name for f in fields(ChoiceDelta)} - {"extra"} | {"reasoning"}
+        made = super().from_dict(d)
+        made.content, made.reasoning_content = _content(d)
+        return made
 
 
 @dataclass(repr=False)
 class Function(_Model):
     """The function to call; `arguments` is a JSON text, as the model wrote it."""
 
-    arguments: str = _built(lambda sent: _encodable(_arguments(sent)), "")
-    name: str = _built(_encodable, "")
+    arguments: str = ""
+    name: str = ""
 
 
 @dataclass(repr=False)
 class ChatCompletionMessageToolCall(_Model):
     """A tool call; `extra` has Gemini's `extra_content`, which it wants back."""
 
-    id: str = _built(_encodable, "")
-    function: Function = _built(_one(Function), Function)
+    id: str = ""
+    function: Function = field(default_factory=Function)
     type: str = "function"
-    extra: Json | None = _ours()
+    extra: Json | None = None
 
 
 @dataclass(repr=False)
@@ -749,39 +689,66 @@ class ChatCompletionMessage(_Model):
     """The message of an answer; it can stand in the `messages` of the next turn."""
 
     content: str | None = None
-    refusal: str | None = _built(_encodable)
+    refusal: str | None = None
     role: str = "assistant"
     annotations: list[Json] | None = None
     audio: Json | None = None
     function_call: Json | None = None
-    tool_calls: list[ChatCompletionMessageToolCall] | None = _built(
-        _many(ChatCompletionMessageToolCall)
-    )
-    reasoning_content: str | None = _ours()
-    extra: Json | None = _ours()
+    tool_calls: list[ChatCompletionMessageToolCall] | None = None
+    reasoning_content: str | None = None
+    extra: Json | None = None
 
     @classmethod
-    def _build(cls, d: Json) -> ChatCompletionMessage:
-        content, reasoning = map(_encodable, _content(d))
-        rest = {name: d[name] for name in d if name != "reasoning"}
-        return super()._build(
-            rest | {"content": content, "reasoning_content": reasoning}
-        )
+    def from_dict(cls, d: Json) -> ChatCompletionMessage:
+        """Build it from what a server sent, and so that it can be encoded."""
+        made = super().from_dict(d)
+        made.content, made.reasoning_content = map(_encodable, _content(d))
+        return made
 
 
 @dataclass(repr=False)
 class _Answer(_Model):
     """What chunks and whole answers have in common."""
 
-    id: str = _built(_encodable, "")
+    id: str = ""
     choices: list[Any] = field(default_factory=list)
     created: int = 0
-    model: str = _built(_encodable, "")
+    model: str = ""
     object: str = ""
     service_tier: str | None = None
     system_fingerprint: str | None = None
-    usage: CompletionUsage | None = _built(_one(CompletionUsage))
+    usage: CompletionUsage | None = None
     raw: Json = field(default_factory=dict, repr=False, compare=False)
+
+    Choice = _Model
+
+    @classmethod
+    def from_dict(cls: type[A], d: Json) -> A:
+        """Build it from what a server sent; by hand, as each chunk goes this way."""
+        given, usage, build = d.get("choices"), d.get("usage"), cls.Choice.from_dict
+        choices: list[Any] = []
+        for sent in given if type(given) is list else ():
+            # One more than are allowed is enough to be refused.
+            if type(sent) is dict and len(choices) <= MAX_CHOICES:
+                choice: Any = build(sent)
+                if type(sent.get("index")) is not int:
+                    choice.index = len(choices)
+                # "" is none: SGLang and old Ollama send it with each chunk.
+                if choice.finish_reason is not None or "finishReason" in sent:
+                    reason = choice.finish_reason or sent.get("finishReason")
+                    choice.finish_reason = _string(reason) or None
+                choices.append(choice)
+        return cls(
+            d.get("id") or "",
+            choices,
+            d.get("created") or 0,
+            d.get("model") or "",
+            d.get("object") or cls.object,
+            d.get("service_tier"),
+            d.get("system_fingerprint"),
+            CompletionUsage.from_dict(usage) if type(usage) is dict else None,
+            d,
+        )
 
     @property
     def text(self) -> str:
@@ -794,7 +761,8 @@ class _Answer(_Model):
         return "".join([said.reasoning_content or "" for said in self._said()])
 
     def _said(self) -> list[Any]:
-        raise NotImplementedError
+        first = [choice for choice in self.choices if choice.index == 0]
+        return [getattr(c, "delta", None) or c.message for c in first]
 
 
 @dataclass(repr=False)
@@ -811,47 +779,19 @@ class ChatCompletionChunk(_Answer):
         logprobs: ChoiceLogprobs | None = None
 
         @classmethod
-        def _build(cls, d: Json, position: int = 0) -> ChatCompletionChunk.Choice:
-            # A message is there where an answer comes in one piece.
-            delta, index, logprobs = d.get("delta"), d.get("index"), d.get("logprobs")
+        def from_dict(cls, d: Json) -> ChatCompletionChunk.Choice:
+            """Build it by hand; a message is there where an answer is in one piece."""
+            delta, logprobs = d.get("delta"), d.get("logprobs")
             delta = delta if type(delta) is dict else d.get("message")
-            ending = d.get("finish_reason")
             return cls(
-                ChoiceDelta._build(delta) if type(delta) is dict else ChoiceDelta(),
-                None if ending is None and "finishReason" not in d else _ending(d),
-                index if type(index) is int else position,
-                None if logprobs is None else _logprobs(logprobs),
+                ChoiceDelta.from_dict(delta) if type(delta) is dict else ChoiceDelta(),
+                d.get("finish_reason"),
+                d.get("index") or 0,
+                ChoiceLogprobs.from_dict(logprobs) if type(logprobs) is dict else None,
             )
 
     choices: list[ChatCompletionChunk.Choice] = field(default_factory=list)
     object: str = "chat.completion.chunk"
-
-    @classmethod
-    def _build(cls, d: Json) -> ChatCompletionChunk:
-        given, usage = d.get("choices"), d.get("usage")
-        choices: list[ChatCompletionChunk.Choice] = []
-        for sent in given[: MAX_CHOICES + 1] if type(given) is list else ():
-            if type(sent) is dict:
-                choices.append(_chunk_choice(sent, len(choices)))
-        return cls(
-            d.get("id") or "",
-            choices,
-            d.get("created") or 0,
-            d.get("model") or "",
-            d.get("object") or "chat.completion.chunk",
-            d.get("service_tier"),
-            d.get("system_fingerprint"),
-            None if usage is None else _usage(usage),
-            d,
-        )
-
-    def _said(self) -> list[ChoiceDelta]:
-        return [choice.delta for choice in self.choices if choice.index == 0]
-
-
-_chunk_choice = ChatCompletionChunk.Choice._build
-_logprobs = _one(ChoiceLogprobs)
-_usage = _one(CompletionUsage)
 
 
 @dataclass(repr=False)
@@ -867,25 +807,11 @@ class ChatCompletion(_Answer):
 
         finish_reason: str | None = None
         index: int = 0
-        logprobs: ChoiceLogprobs | None = _built(_one(ChoiceLogprobs))
-        message: ChatCompletionMessage = _built(
-            _one(ChatCompletionMessage), ChatCompletionMessage
-        )
+        logprobs: ChoiceLogprobs | None = None
+        message: ChatCompletionMessage = field(default_factory=ChatCompletionMessage)
 
-    choices: list[ChatCompletion.Choice] = _built(_many(Choice), list)
+    choices: list[ChatCompletion.Choice] = field(default_factory=list)
     object: str = "chat.completion"
-
-    @classmethod
-    def _build(cls, d: Json) -> ChatCompletion:
-        made = super()._build(d)
-        for position, sent in enumerate(_dicts(d.get("choices"))):
-            choice, index = made.choices[position], sent.get("index")
-            choice.index = index if type(index) is int else position
-            choice.finish_reason = _ending(sent)
-        return made
-
-    def _said(self) -> list[ChatCompletionMessage]:
-        return [choice.message for choice in self.choices if choice.index == 0]
 
 
 # ---- Errors: openai's names, one tree ------------------------------------------------
@@ -955,24 +881,20 @@ class APIResponseValidationError(APIError):
 
 # What servers call the end of a choice that failed (vLLM, DeepSeek, OpenRouter, …).
 _FAILURE = re.compile(
-    "error|abort(ed)?|cancell?ed|failed|network_error|insufficient_system_resource",
-    re.IGNORECASE,
+    "(?i)error|abort(ed)?|cancell?ed|failed|network_error|insufficient_system_resource"
 )
+# What is not merged: what has a field, and padding.
+_CHUNK = vars(ChatCompletionChunk()).keys() | {"obfuscation"}
 
 
 class ChatAccumulator:
-    """Chunks in, `completion` out: the answer as far as it has come.
-
-    Memory is that of the text, and does not grow with the number of chunks.
-    """
+    """Chunks in, the answer so far out; memory grows with the text alone."""
 
     def __init__(self) -> None:
         self.failure = ""  # the finish_reason, if a choice ended with a failure
         self._names: Json = {}  # id, model and created, each from the first that has it
-        self._head: Json = {}  # usage and such, from the last
-        self._extra: Json = {}  # what a server sends beside the fields we know
+        self._head: Json = {}  # usage and such from the last, and what is unknown
         self._choices: dict[int, _Choice] = {}
-        self._unfinished = 0  # choices without a finish_reason
 
     def add(self, chunk: ChatCompletionChunk) -> None:
         """Add the next chunk.
@@ -991,33 +913,22 @@ class ChatAccumulator:
         if type(chunk.service_tier) is str:
             self._head["service_tier"] = chunk.service_tier
         if not _CHUNK.issuperset(chunk.raw):
-            _merge(self._extra, _beyond(_CHUNK, chunk.raw) or {})
+            _merge(self._head, {k: v for k, v in chunk.raw.items() if k not in _CHUNK})
         if len(chunk.choices) > MAX_CHOICES:
             raise ValueError(f"more than {MAX_CHOICES} choices")
-        for choice in chunk.choices:
-            known = self._choices.get(choice.index)
-            if known is None:
-                known = self._open(choice.index)
-            known.add(choice.delta)
-            if choice.finish_reason is not None:
-                self._finish(known, choice.finish_reason)
-            if choice.logprobs is not None:
-                _merge(known.logprobs, choice.logprobs.to_dict())
-
-    def _open(self, index: int) -> _Choice:
-        if not 0 <= index < MAX_CHOICES:
-            raise ValueError(f"a choice whose index is not 0 to {MAX_CHOICES - 1}")
-        self._choices[index] = opened = _Choice()
-        self._unfinished += 1
-        return opened
-
-    def _finish(self, choice: _Choice, reason: str) -> None:
-        """Keep why a choice ended; what follows, usage or a filter's, has no reason."""
-        if _FAILURE.fullmatch(reason):
-            self.failure = reason
-        else:
-            self._unfinished -= choice.finish_reason is None
-            choice.finish_reason = reason
+        for piece in chunk.choices:
+            choice = self._choices.get(piece.index)
+            if choice is None:
+                if not 0 <= piece.index < MAX_CHOICES:
+                    raise ValueError(f"a choice whose index is {piece.index}")
+                choice = self._choices[piece.index] = _Choice()
+            choice.add(piece.delta)
+            if piece.logprobs is not None:
+                _merge(choice.logprobs, piece.logprobs.to_dict())
+            if (reason := piece.finish_reason) and _FAILURE.fullmatch(reason):
+                self.failure = reason
+            elif reason:  # what follows the end, a filter's, has none
+                choice.finish_reason = reason
 
     def ended(self, choices: int, done: bool) -> bool:
         """Tell whether the answer is whole, of which so many `choices` were asked for.
@@ -1025,20 +936,16 @@ class ChatAccumulator:
         All of them, and all that were seen, have a finish_reason; or the server says
         that it is `done`, and one was seen; and none of them failed.
         """
-        finished = len(self._choices) >= choices and not self._unfinished
-        return (finished or (done and bool(self._choices))) and not self.failure
+        seen = self._choices.values()
+        finished = len(seen) >= choices and all(c.finish_reason for c in seen)
+        return (finished or (done and bool(seen))) and not self.failure
 
     @property
     def completion(self) -> ChatCompletion:
         """The answer so far, for good; a `finish_reason` that did not come is None."""
-        choices = [
-            {"index": index, "message": choice.message()}
-            | {"finish_reason": choice.finish_reason}
-            | {"logprobs": _copy(choice.logprobs) or None}
-            for index, choice in sorted(self._choices.items())
-        ]
+        choices = [{"index": i} | c.to_dict() for i, c in sorted(self._choices.items())]
+        known: Json = _copy(self._head | self._names)
         whole = {"object": "chat.completion", "choices": choices}
-        known: Json = _copy(self._extra | self._names | self._head)
         return ChatCompletion.from_dict(known | whole)
 
 
@@ -1050,135 +957,94 @@ def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
     return accumulator.completion
 
 
-_CHUNK = {f.name for f in fields(ChatCompletionChunk)} | {"obfuscation"}  # padding
-
-
 class _Choice:
-    """The message of one choice while its deltas come.
+    """One choice while its deltas come: JSON, with bytearrays for texts that grow.
 
-    Texts grow as UTF-8 in bytearrays: a list of their pieces takes ten times the memory
-    (StringIO is one before Python 3.12), adding strings the square of the time.
+    They hold UTF-8: a list of their pieces takes ten times the memory (StringIO is one
+    before Python 3.12), adding strings the square of the time.
     """
 
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.logprobs: Json = {}
-        self.role = ""
-        self.content = bytearray()
-        self.has_content = False
-        self.texts: dict[str, bytearray] = {}
-        self.calls: list[_ToolCall] = []
-        self.latest: dict[int | str, _ToolCall] = {}  # of each index, of each id
-        self.function_call: _ToolCall | None = None
-        self.extra: Json = {}
+        self.message: Json = defaultdict(bytearray)
+        self.calls: list[tuple[int, Json]] = []  # with the index of each
+        self.latest: dict[int | str, Json] = {}  # of each index, of each id
 
     def add(self, delta: ChoiceDelta) -> None:
-        if delta.content is not None:
-            self.content += _to_bytes(delta.content)
-            self.has_content = True
-        if delta.role and not self.role:
-            self.role = _string(delta.role) or ""
+        if (content := delta.content) is not None:  # as in most; a call takes as long
+            self.message["content"] += content.encode("utf-8", "surrogatepass")
+        if delta.role and "role" not in self.message:
+            self.message["role"] = _copy(delta.role, 1)
         if delta.tool_calls is not None:
             if len(delta.tool_calls) > MAX_CHOICES:
                 raise ValueError(f"more than {MAX_CHOICES} tool calls")
             for place, piece in enumerate(delta.tool_calls):
-                self.call_of(piece, place).add(piece)
+                self.add_call(piece, place)
         if delta.reasoning_content is not None:
-            self.write("reasoning_content", delta.reasoning_content)
+            self.message["reasoning_content"] += _to_bytes(delta.reasoning_content)
         if delta.refusal is not None:
-            self.write("refusal", delta.refusal)
+            self.message["refusal"] += _to_bytes(delta.refusal)
         if delta.function_call is not None:
-            self.function_call = self.function_call or _ToolCall(0)
             function = ChoiceDeltaToolCallFunction.from_dict(delta.function_call)
-            self.function_call.add_function(function)
+            _add_function(self.message, "function_call", function)
         if delta.extra is not None:
-            _merge(self.extra, delta.extra)
+            _merge(self.message, delta.extra)
 
-    def write(self, name: str, text: str) -> None:
-        self.texts.setdefault(name, bytearray()).extend(_to_bytes(text))
-
-    def call_of(self, piece: ChoiceDeltaToolCall, place: int) -> _ToolCall:
-        """Find the call that a piece goes on with, or open one.
+    def add_call(self, piece: ChoiceDeltaToolCall, place: int) -> None:
+        """Add to the call that a piece goes on with, or open one.
 
         It has its index; else its id; else that of its place in the list. Another id
         at an index is another call: some servers give each the index 0.
         """
-        if piece.index is not None:
-            place = piece.index
+        place = place if piece.index is None else piece.index
         call = self.latest.get(piece.id if piece.id and piece.index is None else place)
-        if call is None or (piece.id and call.id and piece.id != call.id):
+        if call is None or (piece.id and call["id"] and piece.id != call["id"]):
             if not 0 <= place < MAX_CHOICES or len(self.calls) == MAX_CHOICES:
                 raise ValueError(f"a tool call beyond the {MAX_CHOICES}th")
-            call = _ToolCall(place)
-            self.calls.append(call)
+            call = {"id": "", "type": "function"}
+            self.calls.append((place, call))
         self.latest[place] = call
         if piece.id:
             self.latest[piece.id] = call
-        return call
+            call["id"] = call["id"] or piece.id
+        call["type"] = piece.type or call["type"]
+        if piece.function is not None:
+            _add_function(call, "function", piece.function)
+        if piece.extra is not None:
+            _merge(call, piece.extra)
 
-    def message(self) -> Json:
-        made: Json = {name: _to_text(grown) for name, grown in self.texts.items()}
-        made["content"] = _to_text(self.content) if self.has_content else None
+    def to_dict(self) -> Json:
+        message = {"role": "assistant", "content": None} | _copy(self.message)
         if self.calls:
-            calls = sorted(self.calls, key=lambda call: call.index)
-            made["tool_calls"] = [call.to_dict() for call in calls]
-        if self.function_call is not None:
-            made["function_call"] = self.function_call.function()
-        extra: Json = _copy(self.extra)
-        return extra | made | {"role": self.role or "assistant"}
+            calls = sorted(self.calls, key=lambda call: call[0])
+            message["tool_calls"] = [_copy(call) for _, call in calls]
+        logprobs = _copy(self.logprobs) or None
+        ending = {"finish_reason": self.finish_reason, "logprobs": logprobs}
+        return ending | {"message": message}
+
+
+def _add_function(into: Json, name: str, piece: ChoiceDeltaToolCallFunction) -> None:
+    function = into.setdefault(name, {"arguments": bytearray(), "name": ""})
+    function["name"] = function["name"] or piece.name or ""
+    function["arguments"] += _to_bytes(piece.arguments or "")
 
 
 def _to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # a pair's halves may come apart
 
 
-def _to_text(grown: bytearray) -> str:
-    return grown.decode("utf-8", "surrogatepass")
-
-
-class _ToolCall:
-    """One tool call while its pieces come: id and name are set once, the rest grows."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.id = ""
-        self.name = ""
-        self.type = "function"
-        self.arguments = bytearray()
-        self.extra: Json = {}
-
-    def add(self, piece: ChoiceDeltaToolCall) -> None:
-        self.id = self.id or piece.id or ""
-        self.type = piece.type or self.type
-        if piece.function is not None:
-            self.add_function(piece.function)
-        if piece.extra is not None:
-            _merge(self.extra, piece.extra)
-
-    def add_function(self, piece: ChoiceDeltaToolCallFunction) -> None:
-        self.name = self.name or piece.name or ""
-        if piece.arguments:
-            self.arguments += _to_bytes(piece.arguments)
-
-    def function(self) -> Json:
-        arguments = _encodable(_to_text(self.arguments))
-        return {"arguments": arguments, "name": _encodable(self.name)}
-
-    def to_dict(self) -> Json:
-        made = {"id": self.id, "function": self.function(), "type": self.type}
-        extra: Json = _copy(self.extra)
-        return extra | made
-
-
 def _copy(value: Any, depth: int = 0) -> Any:
-    """Return JSON that shares nothing with `value`. Raises ValueError if too deep."""
+    """Return a copy that can be encoded. Raises ValueError if `value` is too deep."""
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         return {name: _copy(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list):
         return [_copy(item, depth + 1) for item in value]
-    return value
+    if isinstance(value, bytearray):
+        value = value.decode("utf-8", "surrogatepass")
+    return _encodable(value)
 
 
 def _merge(into: Json, more: Json, depth: int = 1) -> None:
@@ -1217,7 +1083,9 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
         if thinking:
             thought, end, text = (held + text).partition("</think>")
             thinking = not end
-            held = "" if end else _beginning("</think>", thought)
+            held = "".join(thought.rpartition("<")[1:])
+            if end or not "</think>".startswith(held):
+                held = ""
             if thought != held:
                 yield True, thought.removesuffix(held)
         if text := text.lstrip(ends):
@@ -1225,12 +1093,6 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
             yield False, text
     if held:
         yield True, held
-
-
-def _beginning(tag: str, text: str) -> str:
-    """Return the end of `text` that may be the beginning of `tag`, "" if none may."""
-    end = text[text.rfind("<") :] if "<" in text else ""
-    return end if tag.startswith(end) else ""
 
 
 # ---- How an answer ends: bytes to chunks, and the verdict ----------------------------
@@ -1445,7 +1307,7 @@ class _AnswerDecoder:
         if type(payload) is not dict or (whole and not self._is_whole(payload)):
             raise self._invalid("JSON that is no answer", text)
         try:
-            chunk = ChatCompletionChunk._build(payload)
+            chunk = ChatCompletionChunk.from_dict(payload)
             self._answer.add(chunk)
             if whole and not self._answer.failure:
                 self._json = _copy(payload)
