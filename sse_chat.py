@@ -455,7 +455,7 @@ class _Model:
     `extra` holds what a server sent beyond the fields, `raw` all that it sent.
     """
 
-    _ours = ("reasoning_content", "extra")
+    _ours = ("reasoning_content", "extra")  # fields that openai's types do not have
 
     @classmethod
     def from_dict(cls: type[M], d: Json) -> M:
@@ -972,7 +972,7 @@ class _Choice:
         self.latest: dict[int | str, Json] = {}  # of each index, of each id
 
     def add(self, delta: ChoiceDelta) -> None:
-        if (content := delta.content) is not None:  # as in most; a call takes as long
+        if (content := delta.content) is not None:  # in most; a call takes longer
             self.message["content"] += content.encode("utf-8", "surrogatepass")
         if delta.role and "role" not in self.message:
             self.message["role"] = _copy(delta.role, 1)
