@@ -191,7 +191,10 @@ class SSELineDecoder:
 
     def _split(self, chunk: bytes) -> list[bytes]:
         if self._at_start:
-            chunk = self._without_bom(chunk)
+            chunk = bytes(self._pending) + chunk
+            self._at_start = len(chunk) < 3 and _BOM.startswith(chunk)
+            self._pending[:] = chunk if self._at_start else b""
+            chunk = b"" if self._at_start else chunk.removeprefix(_BOM)
         if self._after_cr and chunk:
             self._after_cr = False
             chunk = chunk.removeprefix(b"\n")
@@ -209,15 +212,6 @@ class SSELineDecoder:
             pending.clear()
         pending += lines.pop()
         return lines
-
-    def _without_bom(self, chunk: bytes) -> bytes:
-        chunk = bytes(self._pending) + chunk
-        self._pending.clear()
-        self._at_start = len(chunk) < 3 and _BOM.startswith(chunk)
-        if self._at_start:
-            self._pending += chunk
-            return b""
-        return chunk.removeprefix(_BOM)
 
 
 class SSEDecoder:
@@ -1291,14 +1285,14 @@ class _AnswerDecoder:
             raise self._failed(APIError(*_told(data, self._redact)))
         payload, problem = _parsed(data)
         if not problem:
-            return self._chunk_of(payload, data)
+            return self._take(payload, data)
         if data.startswith("[DONE]"):
             self.end("done")
         elif data and not data.isspace():
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return None
 
-    def _chunk_of(
+    def _take(
         self, payload: Any, text: str, whole: bool = False
     ) -> ChatCompletionChunk:
         """Return the chunk that a JSON text is, the only one if that is the `whole`."""
@@ -1363,7 +1357,7 @@ class _AnswerDecoder:
             raise self.verdict()
         if problem:
             raise self._invalid(f"a body that is not JSON ({problem})", text)
-        return self._chunk_of(payload, text, whole=True)
+        return self._take(payload, text, whole=True)
 
     def ended_by(self, error: APIError) -> APIError:
         """Return why no answer began: `error`, unless it was ended from here."""
@@ -1553,15 +1547,10 @@ DEFAULT_TIMEOUT = 600.0  # seconds between two reads: a big model loads for minu
 CONNECT_TIMEOUT = 5.0  # seconds
 MODELS_TIMEOUT = 30.0  # seconds, for all of the list of models
 MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
-
-# What is read of an error's body, and of what follows [DONE]: the one for its message,
-# the other for its end, without which the connection cannot be used again.
-_REST_BYTES = 64 * 1024
-_ERROR_BODY_SECONDS = 5.0
-_DRAIN_SECONDS = 0.5
-
-# Sockets and threads take no more than some thousand times that.
-_LONGEST = 1e6  # seconds
+_LONGEST = 1e6  # seconds; sockets and threads take some thousand times that, no more
+_REST_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
+_ERROR_BODY_SECONDS = 5.0  # for its message
+_DRAIN_SECONDS = 0.5  # for its end, without which the connection cannot be used again
 
 # Keywords of openai's SDK that are not fields of a request, and what to write for them.
 _INSTEAD = {
@@ -2082,14 +2071,6 @@ def _wake(response: Any) -> None:
             stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-async def _awake(answer: _AnswerDecoder) -> None:
-    """End what another task waits for."""
-    if answer.response is None or answer.over_http2:
-        answer.scope.cancel()
-    else:
-        await answer.response.aclose()
-
-
 def _check_client(client: Any, kind: str) -> None:
     if client is not None and hasattr(client, "aclose") != (kind == "AsyncClient"):
         raise TypeError(f"client must be an httpx.{kind} here")
@@ -2204,7 +2185,10 @@ class AsyncChatStream(_Stream):
         try:
             await self._chunks.aclose()
         except RuntimeError:  # another task is in it, and closes it
-            await _awake(self._answer)
+            if self.response is None or self._answer.over_http2:
+                self._answer.scope.cancel()
+            else:
+                await self.response.aclose()
 
     async def __aenter__(self) -> AsyncChatStream:
         return self
@@ -2224,9 +2208,7 @@ def _options_of(call: Callable[Concatenate[Messages, P], T]) -> Callable[P, T]:
     return call  # type: ignore[return-value]
 
 
-def _function(
-    call: Callable[P, Any],
-) -> Callable[[Callable[..., T]], Callable[P, T]]:
+def _function(call: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
     """Give a function the arguments of a call, for type checkers, editors and help."""
     return _signed
 
