@@ -105,7 +105,7 @@ pytestmark = [
 # ------------------------------------------------------------------------------------
 
 
-class Server:
+class Server(contextlib.AbstractContextManager):
     """Calls `handle(connection, number of the request)`, or sends it if it is bytes.
 
     The connection is closed after each request, unless `handle` returns KEEP.
@@ -147,9 +147,6 @@ class Server:
                 number = len(self.heads)
             if self.handle(connection, number) != KEEP:
                 return
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         with contextlib.suppress(OSError):
@@ -228,7 +225,7 @@ HELLO = (event("Hel", role="assistant"), event("lo"), event(finish="stop"), DONE
 
 
 # ------------------------------------------------------------------------------------
-# Server-sent events against the standard
+# Server-sent events against the standard, and the names of httpx-sse
 # ------------------------------------------------------------------------------------
 
 
@@ -239,23 +236,19 @@ def as_event(data, event="message", id="", retry=None):
 UTF8_BOM = "\ufeff".encode()
 
 
-def lines_by_the_standard(stream):
-    # "Streams must be decoded using the UTF-8 decode algorithm", which strips one BOM.
-    # "Lines must be separated by either a CRLF pair, a single LF, or a single CR."
-    return re.split(b"\r\n|\n|\r", stream.removeprefix(UTF8_BOM))
-
-
 def by_the_standard(stream, limit=10**9):
-    """Events, last event ID, reconnection time: slow, as the standard says it.
+    """Lines, events, last event ID, reconnection time: slow, as the standard says it.
 
-    And whether more bytes than the limit stand between two blank lines; these are all
-    that came before.
+    And whether more bytes than the limit stand between two blank lines; the events and
+    what follows are of all that came before.
     """
     events = []
     data = event_type = last_event_id = id_buffer = ""
     reconnection_time = retry_of_block = None
     size = -1
-    *lines, pending = lines_by_the_standard(stream)
+    # "Streams must be decoded using the UTF-8 decode algorithm", which strips one BOM.
+    # "Lines must be separated by either a CRLF pair, a single LF, or a single CR."
+    *lines, pending = re.split(b"\r\n|\n|\r", stream.removeprefix(UTF8_BOM))
     for line in lines:
         size = size + len(line) + 1 if line else -1
         if size > limit:
@@ -282,7 +275,8 @@ def by_the_standard(stream, limit=10**9):
             reconnection_time = retry_of_block = int(value)
     # What follows the last has no end: "any pending data must be discarded".
     size += len(pending) + 1 if pending else 0
-    return events, last_event_id, reconnection_time, size > limit
+    lines = [line.decode("utf-8", "replace") for line in lines]
+    return lines, events, last_event_id, reconnection_time, size > limit
 
 
 # What a stream is made of: fields, whole events as most are, ends of lines, values
@@ -297,14 +291,23 @@ PARTS += [b"\xff", b"\xf0\x9f", b"\x99\x82", b"\xed\xa0\xbd", b"\xc0\x80", b"\xe
 START = st.sampled_from([b"", b"", b"", UTF8_BOM, UTF8_BOM, UTF8_BOM * 2])
 BLOCKS = st.lists(st.sampled_from(PARTS), max_size=25).map(b"".join)
 STREAMS = st.tuples(START, BLOCKS).map(b"".join)
+SEQUENCE = re.compile(rb"\r\n|[\xc0-\xff][\x80-\xbf]+|\\u[0-9a-f]{4}(\\u[0-9a-f]{4})?")
+EACH_RULE = b"".join(
+    [
+        UTF8_BOM + b"data:  x: y \n\ndata\r\rdata\rdata\r\n\ndata: x\n\r",
+        b"Data: x\n data: x\ndata : x\n:data: x\n\n\xef\xbb\xbfdata: x\n\n",
+        "data:\ufeffx\ndata: \v\f\x1c\x85\u2028\n\n".encode(),
+        b"event: e\n\ndata\n\nevent: e\nevent:  f\ndata\n\nevent: e\nevent:\ndata\n\n",
+        b"id: 1\n\ndata\n\nid: \0\ndata\n\nid\ndata\n\nid:  2\n",
+        "retry: 09\ndata\n\nretry: +5\nretry: ５\nretry: \ndata\n\n".encode(),
+        b"retry: %b\ndata: \xff\xf0\x9f\x98\xe4\n\ndata: no event" % (b"9" * 5000),
+    ]
+)
 
 
 def cut(data, cuts):
     places = [0, *sorted(at for at in cuts if at <= len(data)), len(data)]
     return [data[a:b] for a, b in pairwise(places)]
-
-
-SEQUENCE = re.compile(rb"\r\n|[\xc0-\xff][\x80-\xbf]+|\\u[0-9a-f]{4}(\\u[0-9a-f]{4})?")
 
 
 @st.composite
@@ -328,19 +331,6 @@ async def as_async(items):
         yield item
 
 
-EACH_RULE = b"".join(
-    [
-        UTF8_BOM + b"data:  x: y \n\ndata\r\rdata\rdata\r\n\ndata: x\n\r",
-        b"Data: x\n data: x\ndata : x\n:data: x\n\n\xef\xbb\xbfdata: x\n\n",
-        "data:\ufeffx\ndata: \v\f\x1c\x85\u2028\n\n".encode(),
-        b"event: e\n\ndata\n\nevent: e\nevent:  f\ndata\n\nevent: e\nevent:\ndata\n\n",
-        b"id: 1\n\ndata\n\nid: \0\ndata\n\nid\ndata\n\nid:  2\n",
-        "retry: 09\ndata\n\nretry: +5\nretry: ５\nretry: \ndata\n\n".encode(),
-        b"retry: %b\ndata: \xff\xf0\x9f\x98\xe4\n\ndata: no event" % (b"9" * 5000),
-    ]
-)
-
-
 @examples(4)
 @given(cuttings(STREAMS), st.integers(3, 30) | st.just(10**9))
 @example([b"\xef", b"\xbb", b"\xbf\r", b"\ndata: x\r", b"\n\r", b"\ndata: y\n\r"], 99)
@@ -359,28 +349,26 @@ def test_any_bytes_cut_anywhere_are_what_the_standard_says(pieces, limit):
     for piece in pieces:
         stream += piece
         lines += line_decoder.feed(piece)
-        *whole, _ = lines_by_the_standard(stream)
-        assert lines == [line.decode("utf-8", "replace") for line in whole]
         over = False
         try:
             events += decoder.feed(piece)
         except SSEError as error:
             events, over = events + error.events, True
-        read = (events, decoder.last_event_id, decoder.retry, over)
+        read = (lines, events, decoder.last_event_id, decoder.retry, over)
         assert read == by_the_standard(stream, limit)
     assert over or list(iter_sse(pieces, limit)) == events
     by_lines = SSEDecoder(None)
     events = [event for line in lines if (event := by_lines.decode(line))]
-    read = (events, by_lines.last_event_id, by_lines.retry, False)
+    read = (lines, events, by_lines.last_event_id, by_lines.retry, False)
     assert read == by_the_standard(stream)
 
 
 async def test_async_twins():
     pieces = cut(EACH_RULE, range(len(EACH_RULE)))
-    lines, events = list(sse_chat.iter_lines(pieces)), list(iter_sse(pieces))
+    lines, events, *_ = by_the_standard(EACH_RULE)
+    assert list(sse_chat.iter_lines(pieces)) == lines
     assert [line async for line in sse_chat.aiter_lines(as_async(pieces))] == lines
     assert [event async for event in sse_chat.aiter_sse(as_async(pieces))] == events
-    assert lines == sse_chat.SSELineDecoder().feed(EACH_RULE)
 
 
 def test_an_event_is_a_frozen_value_and_json():
@@ -409,21 +397,22 @@ def test_encode_writes_what_says_something_and_refuses_what_would_not_come_back(
     assert as_event("ä\n\nb").encode() == "data: ä\ndata: \ndata: b\n\n".encode()
     whole = b"id: 1\nevent: e\nretry: 0\ndata: x\n\n"
     assert as_event("x", "e", "1", 0).encode() == whole
-    names = [("", "e\n", "e\r", "\ud83d"), ("i\n", "i\r", "i\0", "\ud83d")]
-    refused = [as_event("x", name) for name in names[0]]
-    refused += [as_event("x", id=name) for name in names[1]]
-    for event in (
-        *refused,
-        as_event("x\r"),
-        as_event("\ud83d"),
-        as_event("x", retry=-1),
-    ):
+    refused = [{"event": name} for name in ("", "e\n", "e\r", "\ud83d")]
+    refused += [{"id": id} for id in ("i\n", "i\r", "i\0", "\ud83d")]
+    for values in (*refused, {"data": "x\r"}, {"data": "\ud83d"}, {"retry": -1}):
         with pytest.raises(ValueError):
-            event.encode()
+            ServerSentEvent(**values).encode()
 
 
 MIB = 2**20
 LARGEST = b"data: " + bytes(16 * MIB - 6)
+# A stream of so many KiB, and the most MiB that decoding 16 MiB of it may take: bytes,
+# text and lines of one event, for a moment, and never of two
+LARGE = {
+    "one line": (lambda kib: [b"data: ", *[b"x" * 1024] * kib, b"\n\n"], 51),
+    "many lines": (lambda kib: [*[b"data: " + b"x" * 1017 + b"\n"] * kib, b"\n"], 51),
+    "many events": (lambda kib: [(b"data: " + b"x" * 248 + b"\n\n") * 4] * kib, 0.4),
+}
 
 
 def test_the_limit():
@@ -441,39 +430,23 @@ def test_the_limit():
             decoder.decode(line)
 
 
-# A stream of so many KiB, and the most MiB that decoding 16 MiB of it may take
-LARGE = {
-    "one line": (lambda kib: [b"data: ", *[b"x" * 1024] * kib, b"\n\n"], 51),
-    "many lines": (lambda kib: [*[b"data: " + b"x" * 1017 + b"\n"] * kib, b"\n"], 51),
-    "many events": (lambda kib: [(b"data: " + b"x" * 248 + b"\n\n") * 4] * kib, 0.4),
-}
-
-
 @pytest.mark.parametrize(("stream", "most"), LARGE.values(), ids=LARGE)
 def test_time_is_linear_and_memory_that_of_one_event(stream, most):
-    """Eight times the bytes take eight times as long; 32 on a noisy machine; not 64.
+    """Eight times the bytes take eight times as long; 32 on a noisy machine; not 64."""
 
-    Memory is bytes, text and lines of one event, for a moment, and never of two.
-    """
-
-    def seconds(kib):
-        pieces, start = stream(kib), time.thread_time()
+    def seconds(pieces):
+        start = time.thread_time()
         assert not any(event.id for event in iter_sse(pieces, None))
         return time.thread_time() - start
 
-    assert min(seconds(64 * 1024) / seconds(8 * 1024) for _ in range(3)) < 32
-    pieces = stream(16 * 1024)
+    few, many, pieces = map(stream, (8 * 1024, 64 * 1024, 16 * 1024))
+    assert min(seconds(many) / seconds(few) for _ in range(3)) < 32
     tracemalloc.start()
-    try:
-        assert not any(event.id for event in iter_sse(pieces, None))
-        assert tracemalloc.get_traced_memory()[1] < most * MIB
-    finally:
-        tracemalloc.stop()
+    seconds(pieces)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < most * MIB
 
-
-# ------------------------------------------------------------------------------------
-# The names of httpx-sse, over a real connection
-# ------------------------------------------------------------------------------------
 
 NEWS = [b"id: 1\nretry: 9\ndata: 1\n\n", "id: 2\nevent: e\ndata: \u2028\n\n".encode()]
 NEWS_EVENTS = [as_event("1", "message", "1", 9), as_event("\u2028", "e", "2")]
@@ -524,10 +497,8 @@ async def test_what_an_event_source_refuses(connect):
         with pytest.raises(SSEError):
             await events_of(connect, server.url, max_event_bytes=16 * MIB)
     for kind in ("application/json", "text/event", ""):
-        with (
-            serve(http(kind=kind)) as server,
-            pytest.raises(SSEError, match=repr(kind)),
-        ):
+        refused = pytest.raises(SSEError, match=repr(kind))
+        with serve(http(kind=kind)) as server, refused:
             await events_of(connect, server.url)
     source = sse_chat.EventSource(httpx.Response(200))
     assert (source.last_event_id, source.retry) == ("", None)
@@ -543,6 +514,16 @@ PUBLIC = {
     if (inspect.isclass(value) or inspect.isfunction(value))
     and (name[0] != "_" and value.__module__ == "sse_chat")
 }
+ANSWER_TYPES = [ChatCompletionChunk, ChatCompletion]
+CHAT_TYPES = [value for value in PUBLIC.values() if hasattr(value, "from_dict")]
+CHAT_TYPES += [answer.Choice for answer in ANSWER_TYPES]
+ERROR_TYPES = [APIError, *APIError.__subclasses__(), sse_chat.APITimeoutError]
+SET_DEFAULTS = {
+    "ChatCompletionChunk.object": "chat.completion.chunk",
+    "ChatCompletion.object": "chat.completion",
+    "ChatCompletionMessage.role": "assistant",
+    "ChatCompletionMessageToolCall.type": "function",
+}
 CONSTANTS = """DEFAULT_BASE_URL DEFAULT_TIMEOUT DEFAULT_MAX_EVENT_BYTES CONNECT_TIMEOUT
 MAX_RETRY_AFTER MAX_CHOICES MAX_DEPTH MODELS_TIMEOUT Json Messages"""
 
@@ -556,17 +537,6 @@ def test_public_names_and_their_annotations():
             member = getattr(member, "fget", member)  # of a property
             if inspect.isclass(member) or hasattr(member, "__globals__"):
                 typing.get_type_hints(member)
-
-
-ANSWER_TYPES = [ChatCompletionChunk, ChatCompletion]
-CHAT_TYPES = [value for value in PUBLIC.values() if hasattr(value, "from_dict")]
-CHAT_TYPES += [answer.Choice for answer in ANSWER_TYPES]
-SET_DEFAULTS = {
-    "ChatCompletionChunk.object": "chat.completion.chunk",
-    "ChatCompletion.object": "chat.completion",
-    "ChatCompletionMessage.role": "assistant",
-    "ChatCompletionMessageToolCall.type": "function",
-}
 
 
 @pytest.mark.parametrize("model", CHAT_TYPES, ids=lambda model: model.__qualname__)
@@ -695,7 +665,6 @@ def test_from_dict_takes_any_object(answer):
     assert model.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     assert isinstance(repr(made), str)
     if model in ANSWER_TYPES:
-        assert made.raw is sent
         assert isinstance(made.text, str) and isinstance(made.reasoning, str)
     if model is ChatCompletion:
         (made.text + made.reasoning).encode()
@@ -713,14 +682,9 @@ def test_a_chunk_is_refused_for_its_indices_alone(choice):
         (completion.text + completion.reasoning).encode()
 
 
-def accumulated(chunks):
-    return accumulate(map(ChatCompletionChunk.from_dict, chunks))
-
-
 CONTENTS = [
     ({"content": None, "reasoning_content": None}, "", ""),
     ({"content": 5, "reasoning": {}}, "", ""),
-    ({"content": "", "reasoning_content": "r"}, "", "r"),
     ({"reasoning_content": "r", "reasoning": "other"}, "", "r"),
     ({"reasoning_content": "", "reasoning": "r"}, "", "r"),
     ({"reasoning_content": "r", "reasoning": None}, "", "r"),
@@ -776,9 +740,6 @@ def pickled(value):
     return pickle.loads(pickle.dumps(value))
 
 
-ERROR_TYPES = [APIError, *APIError.__subclasses__(), sse_chat.APITimeoutError]
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_is_the_same_and_goes_on_alone(copied):
     chunk = chunk_of({"content": "a", "tool_calls": [{"function": {}, "x": 1}]})
@@ -802,10 +763,12 @@ def test_a_copy_is_the_same_and_goes_on_alone(copied):
 # Accumulating
 # ------------------------------------------------------------------------------------
 
+CUT_ANYWHERE = {"content", "reasoning_content", "refusal", "arguments"}
+IN_CHUNKS = {"message": "delta"}
 
-def chunk_of(delta=None, finish_reason=None):
-    choice = {"delta": delta or {}, "finish_reason": finish_reason}
-    return ChatCompletionChunk.from_dict({"choices": [choice]})
+
+def chunk_of(delta, **choice):
+    return ChatCompletionChunk.from_dict({"choices": [choice | {"delta": delta}]})
 
 
 def shuffled(queues, by):
@@ -815,9 +778,6 @@ def shuffled(queues, by):
     return [next(turn) for turn in turns]
 
 
-CUT_ANYWHERE = {"content", "reasoning_content", "refusal", "arguments"}
-
-
 def pieces_of(value, by, name=""):
     """Cut a part of an answer into what a server sends of it, one after another."""
     if name in ("choices", "tool_calls"):
@@ -825,10 +785,8 @@ def pieces_of(value, by, name=""):
         queues = [[[{"index": i} | p] for p in queue] for i, queue in pieces]
         return shuffled(queues, by)
     if isinstance(value, dict):
-        queues = [
-            [{"delta" if k == "message" else k: piece} for piece in pieces_of(v, by, k)]
-            for k, v in value.items()
-        ]
+        pieces = [(IN_CHUNKS.get(k, k), pieces_of(v, by, k)) for k, v in value.items()]
+        queues = [[{k: piece} for piece in queue] for k, queue in pieces]
         return shuffled(queues, by)
     if isinstance(value, list):
         return [[item] for item in value]
@@ -872,14 +830,13 @@ def test_chunks_accumulate_to_the_whole_answer(stream):
         parts = [*map(parts_of, (chunk, accumulator, accumulator.completion))]
         assert len({*itertools.chain(*parts)}) == sum(map(len, parts))
     completion = accumulator.completion
-    assert completion == accumulated(sent) == ChatCompletion.from_dict(whole)
+    assert completion == ChatCompletion.from_dict(whole)
     assert completion == ChatCompletion.from_dict(completion.raw)
     assert sent == before
 
 
 # Each chunk's pieces of calls, joined by +, as index|id|name|arguments; then the calls
 TOOL_CALLS = {
-    "by index": ("0|a|f| 1|b|g|2 0|||1", "a|f|1 b|g|2"),
     "by index in any order": ("1|b|g|2 0|a|f|1 1|||2", "a|f|1 b|g|22"),
     "by index and not by place": ("1|b|g|2+0|a|f|1 0|||3+1|||4", "a|f|13 b|g|24"),
     "id and name are set once": ("0|a|f|1 0|a|g|2 0|||3", "a|f|123"),
@@ -913,7 +870,8 @@ def test_what_is_unknown_is_merged():
     """Dicts and lists grow, of the rest the latest stays, and null changes nothing."""
     extras = [{"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}, {"a": None}]
     deltas = [extra | {"tool_calls": [{"index": 0} | extra]} for extra in extras]
-    completion = accumulated({"choices": [{"delta": d}]} | d for d in deltas)
+    sent = [{"choices": [{"delta": delta}]} | delta for delta in deltas]
+    completion = accumulate(map(ChatCompletionChunk.from_dict, sent))
     message, merged = completion.choices[0].message, {"a": 2, "b": {"c": [1, 2]}}
     assert message.extra == message.tool_calls[0].extra == merged
     assert {name: completion.raw[name] for name in "ab"} == merged
@@ -930,7 +888,8 @@ def test_of_head_and_endings_the_first_counts_and_of_usage_the_latest():
     for tokens, reason in enumerate(("stop", None, None)):
         choice = {"finish_reason": reason}
         sent.append({"choices": [choice], "usage": {"total_tokens": tokens}})
-    made = accumulated([*sent, {"id": "4", "created": 6, "model": "m"}])
+    sent.append({"id": "4", "created": 6, "model": "m"})
+    made = accumulate(map(ChatCompletionChunk.from_dict, sent))
     assert (made.id, made.created, made.model) == ("2", 5, "m")
     assert (made.object, made.service_tier) == ("chat.completion", "default")
     assert made.system_fingerprint == "f"
@@ -945,7 +904,7 @@ insufficient_system_resource"""
 def test_a_choice_that_failed_has_no_finish_reason():
     for word in ENDED_BADLY.split():
         for reason, shown in ((word, None), (word.upper(), None), (f"{word}s",) * 2):
-            made = accumulate([chunk_of(finish_reason=reason)])
+            made = accumulate([chunk_of({}, finish_reason=reason)])
             assert made.choices[0].finish_reason == shown
 
 
@@ -953,6 +912,7 @@ def levels(number):
     return functools.reduce(lambda inner, _: [inner], range(number - 1), 1)
 
 
+HEAD_NAMES = ["id", "model", "created", "unknown"]
 SAME_INDEX = [{"index": 0, "id": str(number)} for number in range(1025)]
 # How many there may be, and a chunk of so many
 NO_MORE_THAN = [
@@ -966,10 +926,7 @@ NO_MORE_THAN = [
     (100, lambda n: {"choices": [{"delta": {"tool_calls": [{"x": levels(n)}]}}]}),
     (98, lambda n: {"choices": [{"logprobs": {"content": [{"bytes": levels(n)}]}}]}),
     (99, lambda n: {"usage": {"x": levels(n)}}),
-    (100, lambda n: {"id": levels(n)}),
-    (100, lambda n: {"model": levels(n)}),
-    (100, lambda n: {"created": levels(n)}),
-    (100, lambda n: {"unknown": levels(n)}),
+    *((100, lambda n, name=name: {name: levels(n)}) for name in HEAD_NAMES),
 ]
 
 
@@ -1012,7 +969,9 @@ def by_the_rule(text):
     return (found[1], found[3] or "") if found else ("", text)
 
 
-TAGS = st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", "/", "a", " ", "\n"])
+TAGS = st.sampled_from(
+    ["\n", "<think>", "</think>", "<", "thi", "nk>", "/", "<THINK>", " "]
+)
 
 
 @given(cuttings(st.lists(TAGS).map("".join)), st.sampled_from(["", " \n<think>"]))
