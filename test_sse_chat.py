@@ -42,7 +42,6 @@ import zlib
 from collections import namedtuple
 from collections.abc import AsyncIterator, Iterator
 from email.utils import formatdate
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -132,21 +131,18 @@ class Server(contextlib.AbstractContextManager):
 
     def run(self, connection):
         with contextlib.suppress(OSError), connection, self.wrap(connection) as wrapped:
-            self.talk(wrapped)
+            reader = wrapped.makefile("rb")
+            lines = iter(reader.readline, None)
+            while head := b"".join(itertools.takewhile(bytes.strip, lines)):
+                length = re.search(rb"(?i)content-length: *(\d+)", head)
+                body = reader.read(int(length[1]) if length else 0)
+                with self.lock:
+                    self.heads.append(head.decode())
+                    self.bodies.append(body)
+                    number = len(self.heads)
+                if self.handle(wrapped, number) != KEEP:
+                    break
         self.left.release()
-
-    def talk(self, connection):
-        reader = connection.makefile("rb")
-        lines = iter(reader.readline, None)
-        while head := b"".join(itertools.takewhile(bytes.strip, lines)):
-            length = re.search(rb"(?i)content-length: *(\d+)", head)
-            body = reader.read(int(length[1]) if length else 0)
-            with self.lock:
-                self.heads.append(head.decode())
-                self.bodies.append(body)
-                number = len(self.heads)
-            if self.handle(connection, number) != KEEP:
-                return
 
     def __exit__(self, *exception):
         with contextlib.suppress(OSError):
@@ -239,8 +235,7 @@ UTF8_BOM = "\ufeff".encode()
 def by_the_standard(stream, limit=10**9):
     """Lines, events, last event ID, reconnection time: slow, as the standard says it.
 
-    And whether more bytes than the limit stand between two blank lines; the events and
-    what follows are of all that came before.
+    And if more bytes than the limit stand between two blank lines: what came before.
     """
     events = []
     data = event_type = last_event_id = id_buffer = ""
@@ -292,22 +287,18 @@ START = st.sampled_from([b"", b"", b"", UTF8_BOM, UTF8_BOM, UTF8_BOM * 2])
 BLOCKS = st.lists(st.sampled_from(PARTS), max_size=25).map(b"".join)
 STREAMS = st.tuples(START, BLOCKS).map(b"".join)
 SEQUENCE = re.compile(rb"\r\n|[\xc0-\xff][\x80-\xbf]+|\\u[0-9a-f]{4}(\\u[0-9a-f]{4})?")
-EACH_RULE = b"".join(
-    [
-        UTF8_BOM + b"data:  x: y \n\ndata\r\rdata\rdata\r\n\ndata: x\n\r",
-        b"Data: x\n data: x\ndata : x\n:data: x\n\n\xef\xbb\xbfdata: x\n\n",
-        "data:\ufeffx\ndata: \v\f\x1c\x85\u2028\n\n".encode(),
-        b"event: e\n\ndata\n\nevent: e\nevent:  f\ndata\n\nevent: e\nevent:\ndata\n\n",
-        b"id: 1\n\ndata\n\nid: \0\ndata\n\nid\ndata\n\nid:  2\n",
-        "retry: 09\ndata\n\nretry: +5\nretry: ５\nretry: \ndata\n\n".encode(),
-        b"retry: %b\ndata: \xff\xf0\x9f\x98\xe4\n\ndata: no event" % (b"9" * 5000),
-    ]
-)
+EACH_RULE = UTF8_BOM + b"data:  x: y \n\ndata\r\rdata\rdata\r\n\ndata: x\n\r"
+EACH_RULE += b"Data: x\n data: x\ndata : x\n:data: x\n\n\xef\xbb\xbfdata: x\n\n"
+EACH_RULE += "data:\ufeffx\ndata: \v\f\x1c\x85\u2028\n\nevent: e\n\ndata\n\n".encode()
+EACH_RULE += b"event: e\nevent:  f\ndata\n\nevent: e\nevent:\ndata: x\n\n"
+EACH_RULE += b"id: 1\n\ndata\n\nid: \0\ndata\n\nid\ndata\n\nid:  2\n"
+EACH_RULE += "retry: 09\ndata\n\nretry: +5\nretry: ５\nretry: \ndata\n\n".encode()
+EACH_RULE += b"retry: %b\ndata: \xff\xf0\x9f\x98\xe4\n\ndata: no event" % (b"9" * 5000)
 
 
 def cut(data, cuts):
     places = [0, *sorted(at for at in cuts if at <= len(data)), len(data)]
-    return [data[a:b] for a, b in pairwise(places)]
+    return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
 @st.composite
@@ -371,6 +362,20 @@ async def test_async_twins():
     assert [event async for event in sse_chat.aiter_sse(as_async(pieces))] == events
 
 
+WORD = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_size=1)
+TEXT = st.lists(WORD | st.just("")).map("\n".join)
+RETRY = st.none() | st.integers(0, 10**12)
+MIB = 2**20
+LARGEST = b"data: " + bytes(16 * MIB - 6)
+# A stream of so many KiB, and the most MiB that decoding 16 MiB of it may take: bytes,
+# text and lines of one event, for a moment, and never of two
+LARGE = {
+    "one line": (lambda kib: [b"data: ", *[b"x" * 1024] * kib, b"\n\n"], 51),
+    "many lines": (lambda kib: [*[b"data: " + b"x" * 1017 + b"\n"] * kib, b"\n"], 51),
+    "many events": (lambda kib: [(b"data: " + b"x" * 248 + b"\n\n") * 4] * kib, 0.4),
+}
+
+
 def test_an_event_is_a_frozen_value_and_json():
     event = ServerSentEvent()
     assert repr(event) == "ServerSentEvent(event='message', data='', id='', retry=None)"
@@ -380,11 +385,6 @@ def test_an_event_is_a_frozen_value_and_json():
     assert as_event('{"a": "\\u00e4"}').json() == {"a": "ä"}
     with pytest.raises(ValueError):
         as_event("[DONE]").json()
-
-
-WORD = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_size=1)
-TEXT = st.lists(WORD | st.just("")).map("\n".join)
-RETRY = st.none() | st.integers(0, 10**12)
 
 
 @given(st.builds(ServerSentEvent, WORD, TEXT, WORD | st.just(""), RETRY))
@@ -402,17 +402,6 @@ def test_encode_writes_what_says_something_and_refuses_what_would_not_come_back(
     for values in (*refused, {"data": "x\r"}, {"data": "\ud83d"}, {"retry": -1}):
         with pytest.raises(ValueError):
             ServerSentEvent(**values).encode()
-
-
-MIB = 2**20
-LARGEST = b"data: " + bytes(16 * MIB - 6)
-# A stream of so many KiB, and the most MiB that decoding 16 MiB of it may take: bytes,
-# text and lines of one event, for a moment, and never of two
-LARGE = {
-    "one line": (lambda kib: [b"data: ", *[b"x" * 1024] * kib, b"\n\n"], 51),
-    "many lines": (lambda kib: [*[b"data: " + b"x" * 1017 + b"\n"] * kib, b"\n"], 51),
-    "many events": (lambda kib: [(b"data: " + b"x" * 248 + b"\n\n") * 4] * kib, 0.4),
-}
 
 
 def test_the_limit():
@@ -474,14 +463,13 @@ async def events_of(connect, url, **options):
 async def test_programs_of_httpx_sse(make, connect):
     """The last event id is that of what was given: who connects again loses nothing."""
     headers, untouched = make(dict(MINE)), make(dict(MINE))
-    asked = {"json": {"a": 1}, "headers": headers}
     with serve(http(*NEWS, kind="Text/Event-Stream; charset=utf-8")) as server:
-        source, events = await events_of(connect, server.url, **asked)
+        source, events = await events_of(connect, server.url, json=[1], headers=headers)
     assert events == [(event, event.id) for event in NEWS_EVENTS]
     assert isinstance(source, sse_chat.EventSource) and source.response.is_closed
     assert (source.last_event_id, source.retry) == ("3", 300)
     assert headers == untouched
-    assert [json.loads(body) for body in server.bodies] == [{"a": 1}]
+    assert server.bodies == [b"[1]"]
     [head] = server.heads
     assert head.startswith("POST ")
     assert re.findall("(?im)^accept: (.*)\r$", head) == ["text/event-stream"]
@@ -682,6 +670,7 @@ def test_a_chunk_is_refused_for_its_indices_alone(choice):
         (completion.text + completion.reasoning).encode()
 
 
+# What a message or delta says, and its text and reasoning
 CONTENTS = [
     ({"content": None, "reasoning_content": None}, "", ""),
     ({"content": 5, "reasoning": {}}, "", ""),
@@ -692,6 +681,16 @@ CONTENTS = [
     ({"content": [{"type": "thinking", "thinking": [{"text": "r"}, {}, 1]}]}, "", "r"),
     ({"content": [{"thinking": "r"}, None, {"text": None}, 5]}, "", "r"),
     ({"content": {"text": "a"}, "reasoning": "r"}, "a", "r"),
+]
+# A choice, and its index and finish_reason: without an index it has its place
+CHOICES = [
+    ({"index": None, "finish_reason": "stop"}, (0, "stop")),
+    ({"index": True, "finish_reason": ""}, (1, None)),
+    ({"index": 7, "finishReason": ""}, (7, None)),
+    ({"index": 0, "finish_reason": 1}, (0, None)),
+    ({"finishReason": "STOP"}, (4, "STOP")),
+    ({"finish_reason": None, "finishReason": "STOP"}, (5, "STOP")),
+    ({"finish_reason": "stop", "finishReason": "STOP"}, (6, "stop")),
 ]
 
 
@@ -704,18 +703,6 @@ def test_text_and_reasoning(name, said, text, reasoning):
     for made in (chunk, whole, accumulate([chunk])):
         assert (made.text, made.reasoning) == (text, reasoning)
     assert chunk.choices[0].delta.extra is whole.choices[0].message.extra is None
-
-
-# A choice, and its index and finish_reason: without an index it has its place
-CHOICES = [
-    ({"index": None, "finish_reason": "stop"}, (0, "stop")),
-    ({"index": True, "finish_reason": ""}, (1, None)),
-    ({"index": 7, "finishReason": ""}, (7, None)),
-    ({"index": 0, "finish_reason": 1}, (0, None)),
-    ({"finishReason": "STOP"}, (4, "STOP")),
-    ({"finish_reason": None, "finishReason": "STOP"}, (5, "STOP")),
-    ({"finish_reason": "stop", "finishReason": "STOP"}, (6, "stop")),
-]
 
 
 @pytest.mark.parametrize("kind", ANSWER_TYPES)
@@ -763,6 +750,8 @@ def test_a_copy_is_the_same_and_goes_on_alone(copied):
 # Accumulating
 # ------------------------------------------------------------------------------------
 
+ENDED_BADLY = """error abort aborted cancelled canceled failed network_error
+insufficient_system_resource"""
 CUT_ANYWHERE = {"content", "reasoning_content", "refusal", "arguments"}
 IN_CHUNKS = {"message": "delta"}
 
@@ -807,10 +796,8 @@ def streams(draw):
             choice.pop("logprobs", None)
     pieces = pieces_of(whole["choices"], by, "choices")
     groups = cut(pieces, {by.randint(0, len(pieces)) for _ in pieces})
-    head = without(whole, "usage", "timings") | {"object": "chat.completion.chunk"}
-    chunks = [head | {"choices": [*itertools.chain(*group)]} for group in groups]
-    by.choice(chunks).update({k: whole[k] for k in whole.keys() & {"usage", "timings"}})
-    return whole, chunks
+    head = whole | {"object": "chat.completion.chunk"}
+    return whole, [head | {"choices": [*itertools.chain(*group)]} for group in groups]
 
 
 def parts_of(value):
@@ -890,15 +877,10 @@ def test_of_head_and_endings_the_first_counts_and_of_usage_the_latest():
         sent.append({"choices": [choice], "usage": {"total_tokens": tokens}})
     sent.append({"id": "4", "created": 6, "model": "m"})
     made = accumulate(map(ChatCompletionChunk.from_dict, sent))
-    assert (made.id, made.created, made.model) == ("2", 5, "m")
-    assert (made.object, made.service_tier) == ("chat.completion", "default")
-    assert made.system_fingerprint == "f"
-    assert "obfuscation" not in made.raw  # it is padding
-    assert (made.choices[0].finish_reason, made.usage.total_tokens) == ("stop", 2)
-
-
-ENDED_BADLY = """error abort aborted cancelled canceled failed network_error
-insufficient_system_resource"""
+    head = {"id": "2", "created": 5, "model": "m", "object": "chat.completion"}
+    more |= {"usage": {"total_tokens": 2}}
+    assert without(made.raw, "choices") == head | without(more, "obfuscation")
+    assert made.choices[0].finish_reason == "stop"
 
 
 def test_a_choice_that_failed_has_no_finish_reason():
@@ -918,6 +900,8 @@ SAME_INDEX = [{"index": 0, "id": str(number)} for number in range(1025)]
 NO_MORE_THAN = [
     (1023, lambda n: {"choices": [{"index": n}]}),
     (1023, lambda n: {"choices": [{"delta": {"tool_calls": [{"index": n}]}}]}),
+    (0, lambda n: {"choices": [{"index": -n}]}),
+    (0, lambda n: {"choices": [{"delta": {"tool_calls": [{"index": -n}]}}]}),
     (1024, lambda n: {"choices": [{}] * n}),
     (1024, lambda n: {"choices": [{"delta": {"tool_calls": [{}] * n}}]}),
     (1024, lambda n: {"choices": [{"delta": {"tool_calls": SAME_INDEX[:n]}}]}),
