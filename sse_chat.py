@@ -1987,7 +1987,7 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
     The time for the first token spans several reads, so a thread looks after it.
     """
-    if answer.over:
+    if answer.over or answer.is_late():
         return None
     try:
         if answer.deadline is None:
@@ -2001,7 +2001,7 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
 async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
-    if answer.over:
+    if answer.over or answer.is_late():
         return None
     try:
         if answer.deadline is None and not answer.over_http2:
