@@ -2203,7 +2203,7 @@ async def test_what_is_sent(chat, monkeypatch):
 
 URLS = ["ftp://h/v1", "http://", "http://[::1", "http://h:99999", "http://h:x", "://"]
 BAD_KEYS = ("sk\n-canary", "sk-cänary", "sk-canary\0", "sk-c\u2028nary")
-NO_LIMIT = (math.nan, 0, -1, -math.inf)
+UNFIT = (math.nan, 0, -1, -math.inf)
 OPENAI = {"http_client": "client", "extra_body": "keyword", "extra_query": "base_url"}
 OPENAI |= dict.fromkeys(("extra_headers", "default_headers", "organization"), "headers")
 WRONG = [  # options, the error, and what it says
@@ -2212,8 +2212,8 @@ WRONG = [  # options, the error, and what it says
     *(({"headers": {"Authorization": key}}, ValueError, "key") for key in BAD_KEYS),
     *(({"headers": odd}, ValueError, "header") for odd in ({"X": "\0"}, {"X\0": ""})),
     ({"headers": {"X": 5}}, TypeError, "X"),
-    *(({"timeout": seconds}, ValueError, "timeout") for seconds in NO_LIMIT),
-    *(({"first_token_timeout": seconds}, ValueError, "first_token") for seconds in NO_LIMIT),
+    *(({"timeout": n}, ValueError, "timeout") for n in UNFIT),
+    *(({"first_token_timeout": n}, ValueError, "first_token") for n in UNFIT),
     ({"timeout": "5"}, TypeError, "timeout"),
     ({"stream": False}, TypeError, "stream_chat"),
     ({"temperature": math.nan}, ValueError, "JSON"),
