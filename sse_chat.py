@@ -1464,8 +1464,7 @@ def _has_token(delta: ChoiceDelta) -> bool:
 
 
 def _is_timeout(cause: BaseException | None) -> bool:
-    names = {kind.__name__ for kind in type(cause).__mro__}
-    return not names.isdisjoint({"TimeoutException", "TimeoutError"})
+    return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
 
 
 def _words(cause: BaseException) -> str:
@@ -1885,9 +1884,8 @@ def _tls(https: bool) -> Any:
 def _client(call: _Call, kind: str) -> Any:
     """Return the client to ask, in a context that closes it if it is our own.
 
-    That has as many connections as it is asked for, and keeps few: at httpx's default
-    of 100 the next streams wait until they fail, and its pool takes the square of the
-    time in what it keeps.
+    That keeps few connections, but has as many as it is asked for: at httpx's default
+    of 100 the next streams wait until they fail, and its pool is quadratic.
     """
     if call.client is not None:
         return nullcontext(call.client)
@@ -1902,9 +1900,7 @@ def _client(call: _Call, kind: str) -> Any:
     raise APIConnectionError(f"the proxy that the environment names {why}")
 
 
-def _ask(
-    call: _Call, answer: _AnswerDecoder
-) -> Generator[ChatCompletionChunk, None, None]:
+def _ask(call: _Call, answer: _AnswerDecoder) -> Generator[ChatCompletionChunk]:
     """Ask, and give the chunks of the answer; to close this closes all that it opened.
 
     It knows the answer and not the stream, so that who drops the stream drops this.
@@ -1921,7 +1917,7 @@ def _ask(
 
 async def _aask(
     call: _Call, answer: _AnswerDecoder
-) -> AsyncGenerator[ChatCompletionChunk, None]:
+) -> AsyncGenerator[ChatCompletionChunk]:
     """Async twin of `_ask`."""
     async with (
         _client(call, "AsyncClient") as client,
@@ -2328,10 +2324,9 @@ class _Client:
     def _call(self, messages: Messages, options: Json) -> _Call:
         for name in options.keys() & set(_OWNED):
             raise TypeError(f"{name} is the client's, and not of a call: make another")
-        merged = {**self._options, **options}
         ours, theirs = self._options.get("headers"), options.get("headers")
-        merged["headers"] = {**(ours or {}), **(theirs or {})}
-        return _Call(messages, **merged)
+        headers = {**(ours or {}), **(theirs or {})}
+        return _Call(messages, **{**self._options, **options, "headers": headers})
 
 
 class ChatClient(_Client):
