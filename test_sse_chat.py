@@ -1377,10 +1377,11 @@ def judged(body):
             if number > ended:
                 break
             return text, Invalid
-        for place, choice in enumerate(choices):
-            index = choice.get("index", place)
+        for place, choice in enumerate(c for c in choices if isinstance(c, dict)):
+            index, delta = choice.get("index", place), choice.get("delta")
             reasons[index] = choice.get("finish_reason") or reasons.get(index)
-            text += choice.get("delta", {}).get("content", "") if index == 0 else ""
+            if index == 0 and isinstance(delta, dict):
+                text += delta.get("content", "")
     return text, NoneType if reasons and all(reasons.values()) else Truncated
 
 
