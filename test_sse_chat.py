@@ -1377,6 +1377,7 @@ def judged(body):
             if number > ended:
                 break
             return text, Invalid
+        choices = choices if isinstance(choices, list) else []
         for place, choice in enumerate(c for c in choices if isinstance(c, dict)):
             index, delta = choice.get("index", place), choice.get("delta")
             reasons[index] = choice.get("finish_reason") or reasons.get(index)
