@@ -486,6 +486,8 @@ def _builders(model: Any) -> dict[str, Callable[[Any], Any]]:
     builders = {k: _builder(hints[k]) for k in hints.keys() - {"extra", "raw"}}
     if "reasoning_content" in hints:
         builders["reasoning"] = lambda sent: None  # another name: see _content
+    if "arguments" in hints:  # llama.cpp has sent an object
+        builders["arguments"] = lambda d: d if type(d) is str else json.dumps(d)
     return builders
 
 
@@ -496,8 +498,8 @@ def _builder(hint: Any) -> Callable[[Any], Any]:
     args = typing.get_args(hint)
     if type(None) in args:  # X | None
         hint, args = args[0], typing.get_args(args[0])
-    if hint is str:  # llama.cpp has sent arguments as an object
-        return lambda sent: json.dumps(sent) if type(sent) is dict else _string(sent)
+    if hint is str:
+        return _string
     kind = typing.get_origin(hint) or hint
     model: Any = args[0] if kind is list else hint
     if not hasattr(model, "from_dict"):
@@ -914,7 +916,7 @@ class ChatAccumulator:
             choice = self._choices.get(piece.index)
             if choice is None:
                 if not 0 <= piece.index < MAX_CHOICES:
-                    raise ValueError(f"a choice whose index is {piece.index}")
+                    raise ValueError(f"an index that is not 0 to {MAX_CHOICES - 1}")
                 choice = self._choices[piece.index] = _Choice()
             choice.add(piece.delta)
             if piece.logprobs is not None:
