@@ -48,7 +48,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import Phase, example, given, settings, stateful
 from hypothesis import strategies as st
 
 import sse_chat
@@ -1899,73 +1899,93 @@ async def test_a_forked_child_does_not_end_its_parents_stream(chat):
         assert (answer.error, answer.text) == (None, "lo")
 
 
-KINDS = {  # what a server does, and how the stream ends
-    "good": (GOOD_KEPT, None),
-    "JSON": (play(http(JSON), KEEP), None),
-    "slow": (play(HEAD, ENDLESS), Truncated),
-    "cut": (chunked(*SAID, end=False), Truncated),
-    "failed": (play(HEAD, SAID, FAILED, GONE), APIError),
-    "refused": (play(refuse(400), KEEP), Status),
-    "gone": (b"", Unreachable),
-}
-USES = st.sampled_from(["break", "text", "with", "close", "drop"])
-STEPS = st.tuples(st.integers(0, 7), st.sampled_from(sorted(KINDS)), USES)
-# Nothing is left open: at the end three new streams have their connections at once.
-AT_LAST = [(place, "good", "close") for place in range(8)]
-AT_LAST += [(place, "slow", how) for how in ("text", "close") for place in (8, 9, 10)]
+# What a server does, and how the stream ends
+KINDS = {"good": (GOOD_KEPT, None), "JSON": (play(http(JSON), KEEP), None)}
+KINDS |= {"slow": (play(HEAD, event("x") * 99, GONE), Truncated)}
+KINDS |= {"failing": (play(HEAD, SAID, FAILED, GONE), APIError)}
+KINDS |= {"refusing": (play(refuse(400), KEEP), Status)}
+KINDS |= {"cut": (chunked(*SAID, end=False), Truncated), "gone": (b"", Unreachable)}
 
 
-async def use(stream, how):
-    """Take the next chunk or text, or close the stream."""
-    if how == "close":
-        return await stream.aclose()
-    async with stream if how == "with" else contextlib.nullcontext():
-        async for taken in stream.text() if how == "text" else stream:
-            return taken
-    return None
+class Streams(stateful.RuleBasedStateMachine):
+    """Streams over one client of three connections, kept until a rule drops them."""
+
+    streams = stateful.Bundle("streams")
+
+    def __init__(self, chat, loop, module):
+        super().__init__()
+        self.chat, self.kept, self.exit = chat, [], contextlib.ExitStack()
+        enter, portal = self.exit.enter_context, anyio.from_thread.start_blocking_portal
+        self.server = enter(serve(lambda *request: self.answer(*request)))
+        self.portal = enter(portal(*loop))
+        self.elsewhere = enter(portal()) if chat is SYNC else self.portal
+        own = own_client(chat, module, limits=module.Limits(max_connections=3))
+        own = enter(self.portal.wrap_async_context_manager(own))
+        self.options = {"base_url": self.server.url, "client": own, "max_retries": 0}
+
+    @stateful.rule(target=streams, kind=st.sampled_from(sorted(KINDS)))
+    def open(self, kind):
+        it = SimpleNamespace(kind=kind, ends={KINDS[kind][1]}, open=False)
+        it.stream = self.chat.stream("hi", timeout=5, **self.options)
+        self.kept.append(it)
+        return it
+
+    @stateful.rule(it=streams, how=st.sampled_from(["next", "text", "with"]))
+    def take(self, it, how):
+        if not it.open and sum(other.open for other in self.kept) == 3:
+            return  # it would wait for a connection
+        self.answer, it.open = in_turn(KINDS[it.kind][0]), False
+        within = it.stream if how == "with" else contextlib.nullcontext()
+        chunks = it.stream.text() if how == "text" else it.stream
+        try:
+            with self.portal.wrap_async_context_manager(within):
+                taken = self.portal.call(anext, chunks, None)
+            assert taken or it.stream.complete
+            it.open = taken is not None and how != "with"
+        except APIError as error:
+            assert type(error) in it.ends
+        it.ends |= {Truncated} if how == "with" else set()
+
+    @stateful.rule(it=streams)
+    def close_from_elsewhere(self, it):
+        if waits := it.open and it.kind == "slow":
+            reader = self.portal.start_task_soon(take, it.stream)
+            pause(0.02)  # until the next chunk is waited for
+        self.elsewhere.call(it.stream.aclose)
+        assert not waits or type(reader.result(4).error) is Truncated
+        it.open, it.ends = False, it.ends | {Truncated}
+
+    @stateful.rule(it=stateful.consumes(streams))
+    def drop(self, it):
+        self.kept.remove(it)
+        it.stream = None
+
+    @stateful.invariant()
+    def none_is_left_open_or_complete_that_is_not(self):
+        for it in self.kept:
+            assert it.open or getattr(it.stream.response, "is_closed", True)
+            whole = None in it.ends and it.stream.completion.text == "Hello"
+            assert whole or not it.stream.complete
+
+    def teardown(self):
+        """Nothing is left open: three new streams have their connections at once."""
+        with self.exit:
+            for it in [it for it in self.kept if it.open]:
+                self.close_from_elsewhere(it)
+            for _ in range(3):
+                self.take(self.open("slow"), "next")
+            for it in self.kept[-3:]:
+                assert it.open
+                self.close_from_elsewhere(it)
+        for _ in range(self.server.connections):
+            assert self.server.left.acquire(timeout=20)
 
 
 @pytest.mark.parametrize("name", ["httpx", "httpx2"])
-@settings(examples(0.2), suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(STEPS, min_size=20))
-async def test_streams_over_few_connections(chat, name, steps):
-    """One client has three for all streams, which are kept until they are dropped."""
-    module, kept = needs(name), {}
-
-    def answer(connection, number):
-        kind = json.loads(server.bodies[number - 1])["messages"][0]["content"]
-        return in_turn(KINDS[kind][0])(connection, number)
-
-    limits, timeout = module.Limits(max_connections=3), module.Timeout(20, pool=2)
-    with serve(answer) as server:
-        async with own_client(chat, module, limits=limits) as own:
-            options = {"base_url": server.url, "client": own, "max_retries": 0}
-            for place, kind, how in steps + AT_LAST:
-                it = None  # or it would be kept
-                if how == "drop":
-                    kept.pop(place, None)
-                    continue
-                if place not in kept:
-                    it = SimpleNamespace(end=KINDS[kind][1], open=False, left=None)
-                    it.stream = chat.stream(kind, timeout=timeout, **options)
-                it = kept.setdefault(place, it)
-                if sum(other.open for other in kept.values() if other is not it) == 3:
-                    continue
-                it.left = it.left or (Truncated if how in ("with", "close") else None)
-                try:
-                    taken = await use(it.stream, how)
-                    assert taken or how == "close" or it.stream.complete
-                except APIError as error:
-                    taken = None
-                    assert type(error) in (it.end, it.left)
-                    cause, response = error.__cause__, getattr(error, "response", None)
-                    assert cause is None or name in type(cause).__module__
-                    assert type(response) in (NoneType, module.Response)
-                it.open = taken is not None and how != "with"
-                if it.stream.complete:
-                    assert (it.end, it.stream.completion.text) == (None, "Hello")
-        for _ in range(server.connections):
-            assert await has_left(server)
+def test_streams_over_few_connections(chat, anyio_backend, name):
+    machine = functools.partial(Streams, chat, anyio_backend, needs(name))
+    unshrunk = settings(examples(0.2), phases=[Phase.generate])
+    stateful.run_state_machine_as_test(machine, settings=unshrunk)
 
 
 class Http2Server(Server):
