@@ -983,7 +983,8 @@ def clean_environment(monkeypatch, caplog):
     for name in filter(ENVIRONMENT.fullmatch, list(os.environ)):
         monkeypatch.delenv(name)
     yield
-    assert [r for r in caplog.get_records("call") if r.name == "asyncio"] == []
+    told = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
+    assert [text for text in told if not text.startswith("Executing ")] == []  # slow
 
 
 class Sync:
@@ -2117,7 +2118,8 @@ def everything(error):
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
 async def test_no_secret_is_in_any_error(chat, secret, answer):
     url, options, own = secret
-    options = options | {"max_retries": 0, "max_event_bytes": 9000, "timeout": 0.3}
+    timeout = 0.3 if answer is ECHOES["timeout"] else 20
+    options = options | {"max_retries": 0, "max_event_bytes": 9000, "timeout": timeout}
     with serve(answer) as server:
         options["base_url"] = url.format(server.url.removeprefix("http://"))
         async with own_client(chat, **own) as client:
