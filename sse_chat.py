@@ -1340,13 +1340,12 @@ class _AnswerDecoder:
         llama.cpp has sent `[DONE]` so. No part of a JSON object is one: what can be
         parsed was not cut. Of an error, its beginning is better than nothing.
         """
-        with suppress(SSEError):
-            for event in self._events.feed(b"\n\n"):
-                told = event.event == "error"
-                whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
-                chunk = self._chunk(event.data, told) if told or whole else None
-                if chunk is not None:
-                    yield chunk
+        for event in self._events.feed(b"\n\n"):
+            told = event.event == "error"
+            whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
+            chunk = self._chunk(event.data, told) if told or whole else None
+            if chunk is not None:
+                yield chunk
 
     def _from_json(self) -> ChatCompletionChunk:
         """Return the answer that a JSON body is, with `[DONE]` after it or not."""

@@ -722,6 +722,7 @@ def pickled(value):
 def test_a_copy_is_the_same_and_goes_on_alone(copied):
     chunk = chunk_of({"content": "a", "tool_calls": [{"function": {}, "x": 1}]})
     values = [error("m", {"a": 1}, 400, "t", "p") for error in ERROR_TYPES]
+    assert {str(error) for error in values} == {"m"}
     values += [as_event("d", "e", "i", 5), SSEError("m", [as_event("x")])]
     for value in (*values, chunk, accumulate([chunk])):
         other = copied(value)
@@ -2174,7 +2175,7 @@ ASKED = {  # base URL: where "chat/completions" is put
     "a.b:8/v1?a=b.c/d@e": "https://a.b:8/v1/?a=b.c/d@e", "http://h/v1//": "http://h/v1/",
     "http://h/v1/chat/completions/": "http://h/v1/", "http://h?a=b": "http://h/v1/?a=b",
     "HTTP://h/api/v3#top": "http://h/api/v3/", "  http://h/v1 \t\r\n": "http://h/v1/",
-    "https://h/d?v=1&x=%20": "https://h/d/?v=1&x=%20",
+    "https://h/x?v=1&x=%20": "https://h/x/?v=1&x=%20",
     "https://h/d/chat/completions?v=1": "https://h/d/?v=1",
 }  # fmt: skip
 
