@@ -1984,11 +1984,13 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
     The time for the first token spans several reads, so a thread looks after it.
     """
-    if answer.over or answer.is_late():
+    if answer.over:
         return None
     try:
         if answer.deadline is None:
             return next(reads, None)
+        if answer.is_late():
+            return None
         with _alarm(answer.time_left() or 0.0, answer.response):
             return next(reads, None)
     except _network_errors() as error:
@@ -1998,11 +2000,13 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
 
 async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
-    if answer.over or answer.is_late():
+    if answer.over:
         return None
     try:
         if answer.deadline is None and not answer.over_http2:
             return await anext(reads, None)
+        if answer.is_late():
+            return None
         import anyio
 
         with anyio.move_on_after(answer.time_left()) as answer.scope:
