@@ -3004,6 +3004,8 @@ def test_commands_of_a_conversation(tmp_path):
             ("\x10", "Hello"),  # Ctrl-P: the one before
         ):
             assert answer in tty.say(line)
+        tty.send("/bye\r")
+        assert tty.end()[0] == 0
         posted = [number for number, body in enumerate(server.bodies) if body]
         turns = [asked(server, number) for number in posted]
         models = [json.loads(server.bodies[number])["model"] for number in posted]
