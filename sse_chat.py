@@ -257,10 +257,8 @@ class SSEDecoder:
         if chunk[:6] != b"data: " or self._size or lines._pending or lines._at_start:
             return None
         end = len(chunk.rstrip(b"\r\n"))
-        data = chunk[6:end]
-        if chunk[end:] not in (b"\n\n", b"\r\n\r\n") or _LF in data or _CR in data:
-            return None
-        if end > self._limit:
+        data, is_whole = chunk[6:end], chunk[end:] in (b"\n\n", b"\r\n\r\n")
+        if not is_whole or end > self._limit or _LF in data or _CR in data:
             return None
         lines._after_cr = False
         return data.decode("utf-8", "replace")
@@ -457,7 +455,7 @@ class _Model:
         made = cls()
         builders = _builders(cls)  # type: ignore[arg-type] # a class can be hashed
         extra: Json = {}
-        for name, sent in d.items():
+        for name, sent in (_said(d) if "reasoning_content" in builders else d).items():
             if name not in builders:
                 extra[name] = sent
             elif sent is not None and (value := builders[name](sent)) is not None:
@@ -484,8 +482,6 @@ def _builders(model: Any) -> dict[str, Callable[[Any], Any]]:
     """Return what makes the value of each field of what was sent for it."""
     hints = typing.get_type_hints(model)
     builders = {k: _builder(hints[k]) for k in hints.keys() - {"extra", "raw"}}
-    if "reasoning_content" in hints:
-        builders["reasoning"] = lambda sent: None  # another name: see _content
     if "arguments" in hints:  # llama.cpp has sent an object
         builders["arguments"] = lambda d: d if type(d) is str else json.dumps(d)
     return builders
@@ -545,23 +541,23 @@ def _joiner() -> Callable[..., str]:
     )
 
 
-def _content(d: Json) -> tuple[str | None, str | None]:
-    """Return the text and the reasoning of a message or delta.
+def _said(d: Json) -> Json:
+    """Return a message or delta with its text and its reasoning in one place each.
 
     Reasoning is `reasoning_content` with most servers, `reasoning` with Ollama, vLLM
     and OpenRouter, and with Mistral one of the typed parts that content is a list of.
     """
-    content = d.get("content")
-    reasoning = _string(d.get("reasoning_content") or d.get("reasoning"))
-    if content is None or type(content) is str:
-        return content, reasoning
-    sent: list[Any] = content if isinstance(content, list) else [content]
-    parts = [part if isinstance(part, dict) else {"text": part} for part in sent]
-    thoughts: list[Any] = [reasoning]
-    for thinking in [part.get("thinking") for part in parts]:
-        thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
-    texts: list[Any] = [part.get("text") for part in parts]
-    return "".join(filter(_string, texts)), "".join(filter(_string, thoughts)) or None
+    sent, reasoning = d.get("content"), d.get("reasoning_content") or d.get("reasoning")
+    if sent is not None and type(sent) is not str:
+        parts = sent if isinstance(sent, list) else [sent]
+        parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+        thoughts: list[Any] = [reasoning]
+        for thinking in [part.get("thinking") for part in parts]:
+            thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
+        sent = "".join(filter(_string, [part.get("text") for part in parts]))
+        reasoning = "".join(filter(_string, thoughts)) or None
+    rest = {name: value for name, value in d.items() if name != "reasoning"}
+    return rest | {"content": sent, "reasoning_content": reasoning}
 
 
 @dataclass(repr=False)
@@ -657,9 +653,7 @@ class ChoiceDelta(_Model):
         content, role = d.get("content"), d.get("role")
         if type(content) is str and len(d) == 1 + ("role" in d):  # as most: 3 x faster
             return cls(content, None, None, role)
-        made = super().from_dict(d)
-        made.content, made.reasoning_content = _content(d)
-        return made
+        return super().from_dict(d)
 
 
 @dataclass(repr=False)
@@ -693,13 +687,6 @@ class ChatCompletionMessage(_Model):
     tool_calls: list[ChatCompletionMessageToolCall] | None = None
     reasoning_content: str | None = None
     extra: Json | None = None
-
-    @classmethod
-    def from_dict(cls, d: Json) -> ChatCompletionMessage:
-        """Build it from what a server sent, and so that it can be encoded."""
-        made = super().from_dict(d)
-        made.content, made.reasoning_content = map(_encodable, _content(d))
-        return made
 
 
 @dataclass(repr=False)
@@ -749,14 +736,14 @@ class _Answer(_Model):
     @property
     def text(self) -> str:
         """The text of the first answer (index 0) in it, "" for none."""
-        return "".join([said.content or "" for said in self._said()])
+        return "".join([said.content or "" for said in self._first()])
 
     @property
     def reasoning(self) -> str:
         """The reasoning of the first answer (index 0) in it, "" for none."""
-        return "".join([said.reasoning_content or "" for said in self._said()])
+        return "".join([said.reasoning_content or "" for said in self._first()])
 
-    def _said(self) -> list[Any]:
+    def _first(self) -> list[Any]:
         first = [choice for choice in self.choices if choice.index == 0]
         return [getattr(c, "delta", None) or c.message for c in first]
 
@@ -904,10 +891,9 @@ class ChatAccumulator:
         if chunk.usage is not None:
             usage = chunk.raw.get("usage") or chunk.usage.to_dict()
             self._head["usage"] = _copy(usage, 1)
-        if type(chunk.system_fingerprint) is str:
-            self._head["system_fingerprint"] = chunk.system_fingerprint
-        if type(chunk.service_tier) is str:
-            self._head["service_tier"] = chunk.service_tier
+        for name in ("system_fingerprint", "service_tier"):
+            if type(value := getattr(chunk, name)) is str:
+                self._head[name] = value
         if not _CHUNK.issuperset(chunk.raw):
             _merge(self._head, {k: v for k, v in chunk.raw.items() if k not in _CHUNK})
         if len(chunk.choices) > MAX_CHOICES:
@@ -1290,7 +1276,8 @@ class _AnswerDecoder:
             return self._take(payload, data)
         if data.startswith("[DONE]"):
             self.end("done")
-        elif data and not data.isspace():
+        # At the end of the body it has been cut: no part of a JSON object is one.
+        elif data and not data.isspace() and not self.finished:
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return None
 
@@ -1322,9 +1309,12 @@ class _AnswerDecoder:
         return bool(choices) and all(type(c.get("message")) is dict for c in choices)
 
     def _finish(self) -> Iterator[ChatCompletionChunk]:
-        """Give what the last bytes hold, then raise if the answer is not complete."""
+        """Give what the last bytes hold, then raise if the answer is not complete.
+
+        An event that no blank line ended is taken: llama.cpp has sent `[DONE]` so.
+        """
         if self._kind == "stream" and not self.over:
-            yield from self._last_event()
+            yield from self._chunks(b"\n\n")
         elif self._kind == "json" and not self.over:
             yield self._from_json()
         self.check()
@@ -1333,19 +1323,6 @@ class _AnswerDecoder:
         """Raise if what has come is no whole answer."""
         if not self.complete:
             raise self.failure or self.verdict()
-
-    def _last_event(self) -> Iterator[ChatCompletionChunk]:
-        """Give the event that no blank line ended, if it is whole all the same.
-
-        llama.cpp has sent `[DONE]` so. No part of a JSON object is one: what can be
-        parsed was not cut. Of an error, its beginning is better than nothing.
-        """
-        for event in self._events.feed(b"\n\n"):
-            told = event.event == "error"
-            whole = event.data.startswith("[DONE]") or not _parsed(event.data)[1]
-            chunk = self._chunk(event.data, told) if told or whole else None
-            if chunk is not None:
-                yield chunk
 
     def _from_json(self) -> ChatCompletionChunk:
         """Return the answer that a JSON body is, with `[DONE]` after it or not."""
@@ -1393,11 +1370,9 @@ class _AnswerDecoder:
     def _no_answer(self) -> APIError:
         if self.over:
             return self._invalid("[DONE] and no answer")
-        got = self._content_type or "no content type"
-        if not self._mark:
-            return self._invalid(f"an empty body as {got}")
-        text = self._head.decode("utf-8", "replace")
-        return self._invalid(f"neither an event stream nor JSON, but {got}", text)
+        what = "neither an event stream nor JSON" if self._mark else "an empty body"
+        text = self._head.decode("utf-8", "replace").strip()
+        return self._invalid(f"{what} ({self._content_type or 'no type'})", text)
 
     def _invalid(self, what: str, text: str = "") -> APIError:
         text = self._redact(text)
@@ -2475,7 +2450,7 @@ def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[
 
 def _demo_completion(asked: Json) -> Json | list[Json]:
     """Return the answer to a request, in one piece or as chunks."""
-    prompt = _content(asked["messages"][-1])[0] or ""
+    prompt = _said(asked["messages"][-1])["content"] or ""
     called = asked.get("tool_choice") == "required"
     deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
     finish = "tool_calls" if called else "stop"
