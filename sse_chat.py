@@ -466,9 +466,9 @@ class _Model:
 
     def to_dict(self) -> Json:
         """Return it as JSON has it: without unset fields, with unknown ones."""
-        values = {k: _plain(v) for k, v in vars(self).items() if v is not None}
-        extra: Json = values.pop("extra", {})
-        return {k: v for k, v in values.items() if k != "raw"} | extra
+        values = {k: v for k, v in vars(self).items() if v is not None and k != "raw"}
+        values |= values.pop("extra", {})
+        return {name: _plain(value) for name, value in values.items()}
 
     def __repr__(self) -> str:
         values = vars(self).items()
@@ -494,8 +494,6 @@ def _builder(hint: Any) -> Callable[[Any], Any]:
     args = typing.get_args(hint)
     if type(None) in args:  # X | None
         hint, args = args[0], typing.get_args(args[0])
-    if hint is str:
-        return _string
     kind = typing.get_origin(hint) or hint
     model: Any = args[0] if kind is list else hint
     if not hasattr(model, "from_dict"):
@@ -509,7 +507,7 @@ def _builder(hint: Any) -> Callable[[Any], Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
-        return [v.to_dict() if isinstance(v, _Model) else v for v in value]
+        return [_plain(item) for item in value]
     return value.to_dict() if isinstance(value, _Model) else value
 
 
@@ -551,10 +549,11 @@ def _said(d: Json) -> Json:
     if sent is not None and type(sent) is not str:
         parts = sent if isinstance(sent, list) else [sent]
         parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+        texts: list[Any] = [part.get("text") for part in parts]
         thoughts: list[Any] = [reasoning]
         for thinking in [part.get("thinking") for part in parts]:
             thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
-        sent = "".join(filter(_string, [part.get("text") for part in parts]))
+        sent = "".join(filter(_string, texts))
         reasoning = "".join(filter(_string, thoughts)) or None
     rest = {name: value for name, value in d.items() if name != "reasoning"}
     return rest | {"content": sent, "reasoning_content": reasoning}
@@ -570,12 +569,9 @@ class TopLogprob(_Model):
 
 
 @dataclass(repr=False)
-class ChatCompletionTokenLogprob(_Model):
+class ChatCompletionTokenLogprob(TopLogprob):
     """The token that was chosen, and the likeliest ones."""
 
-    token: str = ""
-    bytes: list[int] | None = None
-    logprob: float = 0.0
     top_logprobs: list[TopLogprob] = field(default_factory=list)
 
 
@@ -2189,19 +2185,31 @@ def _function(call: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P
     return _signed
 
 
-def _method(
-    call: Callable[P, Any], without: Sequence[str] = ()
+def _constructor(
+    call: Callable[P, Any],
 ) -> Callable[[Callable[..., T]], Callable[Concatenate[Any, P], T]]:
-    """Give a method the arguments of a call."""
-    return functools.partial(_signed, without=without)
+    """Give the constructor of a client the arguments of a call."""
+    return _signed
 
 
-def _signed(function: Any, without: Sequence[str] = ()) -> Any:
-    own = inspect.signature(function)
-    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    known = {"messages", *without}
-    options = inspect.signature(_Call).parameters.values()
-    parameters += [option for option in options if option.name not in known]
+def _method(call: Callable[P, T]) -> Callable[Concatenate[Any, P], T]:
+    """Make a function the method of a client, which gives it the client's options."""
+    function: Any = call
+
+    @functools.wraps(call, updated=())
+    def method(self: Any, *messages: Any, **options: Any) -> Any:
+        return function(*messages, **self._with(options))
+
+    return _signed(method, call, _OWNED)  # type: ignore[no-any-return]
+
+
+def _signed(
+    function: Any, call: Any = _Call, without: Sequence[str] = ("messages",)
+) -> Any:
+    own = inspect.signature(function, follow_wrapped=False)
+    first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    options = inspect.signature(call).parameters.values()
+    parameters = first + [option for option in options if option.name not in without]
     function.__signature__ = own.replace(parameters=parameters)
     return function
 
@@ -2293,7 +2301,7 @@ class _Client:
 
     _kind = "Client"
 
-    @_method(_OPTIONS)
+    @_constructor(_OPTIONS)
     def __init__(self, **options: Any) -> None:
         call = _Call("", **options)
         _check_client(call.client, self._kind)
@@ -2301,12 +2309,13 @@ class _Client:
         owned = {"base_url": call.base_url, "api_key": call.api_key}
         self._options: Json = options | owned | {"client": call.client or self._own}
 
-    def _call(self, messages: Messages, options: Json) -> _Call:
+    def _with(self, options: Json) -> Json:
+        """Return the options of a call: its own before the client's."""
         for name in options.keys() & set(_OWNED):
             raise TypeError(f"{name} is the client's, and not of a call: make another")
         ours, theirs = self._options.get("headers"), options.get("headers")
         headers = {**(ours or {}), **(theirs or {})}
-        return _Call(messages, **{**self._options, **options, "headers": headers})
+        return {**self._options, **options, "headers": headers}
 
 
 class ChatClient(_Client):
@@ -2317,20 +2326,9 @@ class ChatClient(_Client):
     use it at once.
     """
 
-    @_method(_Call, _OWNED)
-    def stream(self, messages: Messages, **options: Any) -> ChatStream:
-        """Ask as `stream_chat` does, with the same arguments."""
-        return ChatStream(self._call(messages, options))
-
-    @_method(_Call, _OWNED)
-    def generate(self, messages: Messages, **options: Any) -> ChatCompletion:
-        """Ask as `generate` does, with the same arguments."""
-        return _whole(self._call(messages, options).in_one_piece())
-
-    @_method(_OPTIONS, _OWNED)
-    def models(self, **options: Any) -> list[str]:
-        """Return the names of the models that the server lists, as `models` does."""
-        return _names(_whole(self._call("", options).for_models()))
+    stream = _method(stream_chat)
+    generate = _method(generate)
+    models = _method(models)
 
     def close(self) -> None:
         """Close the connections."""
@@ -2349,20 +2347,9 @@ class AsyncChatClient(_Client):
 
     _kind = "AsyncClient"
 
-    @_method(_Call, _OWNED)
-    def stream(self, messages: Messages, **options: Any) -> AsyncChatStream:
-        """Ask as `astream_chat` does, with the same arguments."""
-        return AsyncChatStream(self._call(messages, options))
-
-    @_method(_Call, _OWNED)
-    async def generate(self, messages: Messages, **options: Any) -> ChatCompletion:
-        """Ask as `agenerate` does, with the same arguments."""
-        return await _awhole(self._call(messages, options).in_one_piece())
-
-    @_method(_OPTIONS, _OWNED)
-    async def models(self, **options: Any) -> list[str]:
-        """Return the names of the models that the server lists, as `amodels` does."""
-        return _names(await _awhole(self._call("", options).for_models()))
+    stream = _method(astream_chat)
+    generate = _method(agenerate)
+    models = _method(amodels)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -2680,7 +2667,7 @@ class _Terminal:
             options["stream_options"] = {"include_usage": True}
         options |= dict(map(_option, self.args.option))
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        call = self.client._call(messages, options)
+        call = _Call(messages, **self.client._with(options))
         return call.in_one_piece() if self.args.no_stream else call
 
     def dry_run(self, call: _Call) -> int:
@@ -2825,7 +2812,7 @@ class _Terminal:
             messages = json.load(file)
         if _dicts(messages) != messages or not all(m.get("role") for m in messages):
             raise ValueError(f"{name!r} holds no list of messages")
-        self.client._call(messages, {})  # raises where they cannot be sent
+        _Call(messages)  # raises where they cannot be sent
         self.messages = messages
         return f"loaded {len(messages)} messages from {name}"
 
