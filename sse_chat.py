@@ -54,6 +54,8 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
     ExitStack,
     aclosing,
     asynccontextmanager,
@@ -2071,7 +2073,9 @@ class _Stream:
         return self._answer.response
 
 
-class ChatStream(_Stream):
+class ChatStream(
+    _Stream, Iterator[ChatCompletionChunk], AbstractContextManager["ChatStream"]
+):
     """A streamed answer: an iterator of ChatCompletionChunk, and a context manager.
 
     It connects at the first `next`, and raises an APIError wherever it ends but at its
@@ -2082,9 +2086,6 @@ class ChatStream(_Stream):
     def __init__(self, call: _Call) -> None:
         super().__init__(call, "Client")
         self._chunks = _ask(call, self._answer)
-
-    def __iter__(self) -> ChatStream:
-        return self
 
     def __next__(self) -> ChatCompletionChunk:
         for chunk in self._chunks:
@@ -2115,22 +2116,20 @@ class ChatStream(_Stream):
             if self.response is not None:
                 _wake(self.response)
 
-    def __enter__(self) -> ChatStream:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-class AsyncChatStream(_Stream):
+class AsyncChatStream(
+    _Stream,
+    AsyncIterator[ChatCompletionChunk],
+    AbstractAsyncContextManager["AsyncChatStream"],
+):
     """Async twin of `ChatStream`, under asyncio and trio."""
 
     def __init__(self, call: _Call) -> None:
         super().__init__(call, "AsyncClient")
         self._chunks = _aask(call, self._answer)
-
-    def __aiter__(self) -> AsyncChatStream:
-        return self
 
     async def __anext__(self) -> ChatCompletionChunk:
         async for chunk in self._chunks:
@@ -2161,9 +2160,6 @@ class AsyncChatStream(_Stream):
                 self._answer.scope.cancel()
             else:
                 await self.response.aclose()
-
-    async def __aenter__(self) -> AsyncChatStream:
-        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
@@ -2318,7 +2314,7 @@ class _Client:
         return {**self._options, **options, "headers": headers}
 
 
-class ChatClient(_Client):
+class ChatClient(_Client, AbstractContextManager["ChatClient"]):
     """`stream_chat` and `generate` over one pool of connections; a context manager.
 
     Its arguments are theirs, and hold for every call that does not give its own; but
@@ -2335,14 +2331,11 @@ class ChatClient(_Client):
         if self._own is not None:
             self._own.close()
 
-    def __enter__(self) -> ChatClient:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-class AsyncChatClient(_Client):
+class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
     """Async twin of `ChatClient`."""
 
     _kind = "AsyncClient"
@@ -2355,9 +2348,6 @@ class AsyncChatClient(_Client):
         """Close the connections."""
         if self._own is not None:
             await self._own.aclose()
-
-    async def __aenter__(self) -> AsyncChatClient:
-        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
