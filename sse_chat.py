@@ -889,9 +889,10 @@ class ChatAccumulator:
         if chunk.usage is not None:
             usage = chunk.raw.get("usage") or chunk.usage.to_dict()
             self._head["usage"] = _copy(usage, 1)
-        for name in ("system_fingerprint", "service_tier"):
-            if type(value := getattr(chunk, name)) is str:
-                self._head[name] = value
+        if type(chunk.system_fingerprint) is str:
+            self._head["system_fingerprint"] = chunk.system_fingerprint
+        if type(chunk.service_tier) is str:
+            self._head["service_tier"] = chunk.service_tier
         if not _CHUNK.issuperset(chunk.raw):
             _merge(self._head, {k: v for k, v in chunk.raw.items() if k not in _CHUNK})
         if len(chunk.choices) > MAX_CHOICES:
@@ -1207,9 +1208,13 @@ class _AnswerDecoder:
         if data is None:
             self.finished = True
             return self._finish()
-        if self._unzip is None:
-            return self._feed(data)
-        return itertools.chain.from_iterable(map(self._feed, self._unzipped(data)))
+        if self._unzip is not None:
+            return self._chunks(self._unzipped(data))
+        only = self._events._only_data(data) if self._kind == "stream" else None
+        if only is None:
+            return self._chunks((data,))
+        chunk = self._chunk(only)  # as a rule; saves an event and a generator
+        return () if chunk is None else (chunk,)
 
     def _unzipped(self, data: bytes) -> Iterator[bytes]:
         """Unpack piece by piece: a small body could fill the memory."""
@@ -1222,23 +1227,15 @@ class _AnswerDecoder:
             yield piece
             data = self._unzip.unconsumed_tail
 
-    def _feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
-        if self._kind != "stream":
-            data = self._recognise(data)
-        only = self._events._only_data(data)
-        if only is not None:  # as a rule; saves an event and a generator
-            chunk = self._chunk(only)
-            return () if chunk is None else (chunk,)
-        return self._chunks(data)
-
-    def _chunks(self, data: bytes) -> Iterator[ChatCompletionChunk]:
+    def _chunks(self, pieces: Iterable[bytes]) -> Iterator[ChatCompletionChunk]:
         try:
-            for event in _fed(self._events, data):
-                chunk = self._chunk(event.data, event.event == "error")
-                if chunk is not None:
-                    yield chunk
-                if self.over:
-                    return
+            for piece in pieces:
+                for event in _fed(self._events, self._recognise(piece)):
+                    chunk = self._chunk(event.data, event.event == "error")
+                    if chunk is not None:
+                        yield chunk
+                    if self.over:
+                        return
         except SSEError:
             text = self._events._began.decode("utf-8", "replace")
             what = f"an event of more than {self._limit} bytes"
@@ -1246,6 +1243,8 @@ class _AnswerDecoder:
 
     def _recognise(self, data: bytes) -> bytes:
         """Hold the body back until its first bytes tell what it is; give a stream's."""
+        if self._kind == "stream":
+            return data
         self._head += data
         if len(self._mark) < 8:
             self._mark = (self._mark + data).lstrip(_BLANK)[:8]
@@ -1312,7 +1311,7 @@ class _AnswerDecoder:
         An event that no blank line ended is taken: llama.cpp has sent `[DONE]` so.
         """
         if self._kind == "stream" and not self.over:
-            yield from self._chunks(b"\n\n")
+            yield from self._chunks((b"\n\n",))
         elif self._kind == "json" and not self.over:
             yield self._from_json()
         self.check()
