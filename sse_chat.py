@@ -373,12 +373,8 @@ class EventSource:
     def __init__(self, response: Response, max_event_bytes: int | None = None) -> None:
         self.response = response
         self.last_event_id = ""  # of what was given out; the decoder's may be ahead
+        self.retry: int | None = None
         self._decoder = SSEDecoder(max_event_bytes)
-
-    @property
-    def retry(self) -> int | None:
-        """Milliseconds to wait before connecting again, None if it was not said."""
-        return self._decoder.retry
 
     def iter_sse(self) -> Iterator[ServerSentEvent]:
         """Give the events as they come."""
@@ -394,10 +390,11 @@ class EventSource:
                 yield event
 
     def _given(self, chunk: bytes) -> Iterator[ServerSentEvent]:
-        for event in _fed(self._decoder, chunk):
-            self.last_event_id = event.id
+        decoder = self._decoder
+        for event in _fed(decoder, chunk):
+            self.last_event_id, self.retry = event.id, decoder.retry
             yield event
-        self.last_event_id = self._decoder.last_event_id
+        self.last_event_id, self.retry = decoder.last_event_id, decoder.retry
 
     def _check_content_type(self) -> None:
         got = self.response.headers.get("content-type", "")
@@ -878,11 +875,7 @@ class ChatAccumulator:
         self._choices: dict[int, _Choice] = {}
 
     def add(self, chunk: ChatCompletionChunk) -> None:
-        """Add the next chunk.
-
-        Raises ValueError for an index that no answer has (0 to 1,023), for more tool
-        calls than that, and for JSON of more than 100 levels.
-        """
+        """Add the next chunk. Raises ValueError beyond MAX_CHOICES and MAX_DEPTH."""
         if len(self._names) < 3:  # Azure's first chunk has none of them
             names = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
             self._names = {k: _copy(v, 1) for k, v in names.items() if v} | self._names
@@ -1262,10 +1255,7 @@ class _AnswerDecoder:
         return b""
 
     def _chunk(self, data: str, told: bool = False) -> ChatCompletionChunk | None:
-        """Return the chunk in an event's data; None for [DONE], and for no data.
-
-        It is an error if the name of the event has `told` so.
-        """
+        """Return the chunk in an event's data; raise if it is `told` to be an error."""
         if told:
             raise self._failed(APIError(*_told(data, self._redact)))
         payload, problem = _parsed(data)
@@ -1306,12 +1296,9 @@ class _AnswerDecoder:
         return bool(choices) and all(type(c.get("message")) is dict for c in choices)
 
     def _finish(self) -> Iterator[ChatCompletionChunk]:
-        """Give what the last bytes hold, then raise if the answer is not complete.
-
-        An event that no blank line ended is taken: llama.cpp has sent `[DONE]` so.
-        """
+        """Give what the last bytes hold, then raise if the answer is not complete."""
         if self._kind == "stream" and not self.over:
-            yield from self._chunks((b"\n\n",))
+            yield from self._chunks((b"\n\n",))  # llama.cpp has left them out
         elif self._kind == "json" and not self.over:
             yield self._from_json()
         self.check()
@@ -1393,6 +1380,7 @@ class _AnswerDecoder:
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a BOM
 _EXCERPT = 200  # characters of a body that a message shows
 _PIECE = 64 * 1024  # bytes that are unpacked at once
+_scan = json.JSONDecoder().raw_decode
 _FIELDS = (b"data:", b"event:", b"retry:", b"error:", b"id:", b":")
 
 
@@ -1426,9 +1414,6 @@ def _may_be_cut(text: str, problem: Exception) -> bool:
     at_end = getattr(problem, "pos", -1) >= len(text.rstrip())
     in_string = str(problem).startswith("Unterminated string")
     return at_end or in_string or not text.rstrip().endswith(("}", "]"))
-
-
-_scan = json.JSONDecoder().raw_decode
 
 
 def _has_token(delta: ChoiceDelta) -> bool:
@@ -1612,10 +1597,7 @@ class _Call:
         return self.request
 
     def redact(self, text: str) -> str:
-        """Return the text without what is secret in the request.
-
-        A server may send it back in an error, as it is or as JSON escapes it.
-        """
+        """Return a text of the server's without the secrets that it got from us."""
         headers, url = self.headers, self.url
         if self.request is not None:  # has those of the caller's own client, too
             headers, url = {**headers, **self.request.headers}, str(self.request.url)
@@ -1704,6 +1686,7 @@ class _Call:
 
 _PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
 _BROKE = "the connection broke before an answer"
+_SECRET = re.compile("auth|cookie|key|password|secret|token", re.IGNORECASE)
 _FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
 
 
@@ -1774,9 +1757,6 @@ def _headers(api_key: str, login: str, more: Mapping[str, str]) -> dict[str, str
         if not re.fullmatch("[!-9;-~]+", name) or not re.fullmatch("[ -~\t]*", value):
             raise ValueError(f"{shown} holds a control or non-ASCII character")
     return made
-
-
-_SECRET = re.compile("auth|cookie|key|password|secret|token", re.IGNORECASE)
 
 
 def _secrets(headers: Mapping[str, str], url: str, login: str) -> list[str]:
@@ -2147,10 +2127,7 @@ class AsyncChatStream(
             yield text
 
     async def aclose(self) -> None:
-        """Close the connection, so that the server stops; what has come stays.
-
-        A task that waits for the next chunk gets TruncatedStreamError.
-        """
+        """Async twin of `ChatStream.close`; whoever waits is woken over HTTP/2, too."""
         self._answer.end("closed")
         try:
             await self._chunks.aclose()
