@@ -84,21 +84,20 @@ Json = dict[str, Any]
 
 # fmt: off
 __all__ = [
-    "CONNECT_TIMEOUT", "DEFAULT_BASE_URL", "DEFAULT_MAX_EVENT_BYTES",
-    "DEFAULT_TIMEOUT", "MAX_CHOICES", "MAX_DEPTH", "MAX_RETRY_AFTER",
-    "MODELS_TIMEOUT", "APIConnectionError", "APIError",
-    "APIResponseValidationError", "APIStatusError", "APITimeoutError",
-    "AsyncChatClient", "AsyncChatStream", "ChatAccumulator", "ChatClient",
-    "ChatCompletion", "ChatCompletionChunk", "ChatCompletionMessage",
+    "CONNECT_TIMEOUT", "DEFAULT_BASE_URL", "DEFAULT_MAX_EVENT_BYTES", "DEFAULT_TIMEOUT",
+    "MAX_CHOICES", "MAX_DEPTH", "MAX_RETRY_AFTER", "MODELS_TIMEOUT",
+    "APIConnectionError", "APIError", "APIResponseValidationError", "APIStatusError",
+    "APITimeoutError", "AsyncChatClient", "AsyncChatStream", "ChatAccumulator",
+    "ChatClient", "ChatCompletion", "ChatCompletionChunk", "ChatCompletionMessage",
     "ChatCompletionMessageToolCall", "ChatCompletionTokenLogprob", "ChatStream",
     "ChoiceDelta", "ChoiceDeltaToolCall", "ChoiceDeltaToolCallFunction",
     "ChoiceLogprobs", "CompletionTokensDetails", "CompletionUsage", "EventSource",
     "Function", "Json", "Messages", "PromptTokensDetails", "SSEDecoder", "SSEError",
     "SSELineDecoder", "ServerSentEvent", "TopLogprob", "TruncatedStreamError",
     "accumulate", "aconnect_sse", "agenerate", "aiter_chunks", "aiter_lines",
-    "aiter_sse", "amodels", "astream_chat", "connect_sse", "demo_server",
-    "generate", "iter_chunks", "iter_lines", "iter_sse", "main", "models",
-    "split_thinking", "stream_chat",
+    "aiter_sse", "amodels", "astream_chat", "connect_sse", "demo_server", "generate",
+    "iter_chunks", "iter_lines", "iter_sse", "main", "models", "split_thinking",
+    "stream_chat",
 ]
 # fmt: on
 
@@ -861,7 +860,7 @@ class APIResponseValidationError(APIError):
 _FAILURE = re.compile(
     "(?i)error|abort(ed)?|cancell?ed|failed|network_error|insufficient_system_resource"
 )
-# What is not merged: what has a field, and padding.
+# What has a field, and padding. Of all else in a chunk the latest is kept.
 _CHUNK = vars(ChatCompletionChunk()).keys() | {"obfuscation"}
 
 
@@ -887,7 +886,9 @@ class ChatAccumulator:
         if type(chunk.service_tier) is str:
             self._head["service_tier"] = chunk.service_tier
         if not _CHUNK.issuperset(chunk.raw):
-            _merge(self._head, {k: v for k, v in chunk.raw.items() if k not in _CHUNK})
+            for name, value in chunk.raw.items():  # Perplexity: citations in each chunk
+                if name not in _CHUNK and value is not None:
+                    self._head[name] = _copy(value, 1)
         if len(chunk.choices) > MAX_CHOICES:
             raise ValueError(f"more than {MAX_CHOICES} choices")
         for piece in chunk.choices:

@@ -838,14 +838,14 @@ def test_tool_calls(chunks, calls, unset):
 
 
 def test_what_is_unknown_is_merged():
-    """Dicts and lists grow, of the rest the latest stays, and null changes nothing."""
+    """In a message dicts and lists grow; of all else the latest stays, but null."""
     extras = [{"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}, {"a": None}]
     deltas = [extra | {"tool_calls": [{"index": 0} | extra]} for extra in extras]
     sent = [{"choices": [{"delta": delta}]} | delta for delta in deltas]
     completion = accumulate(map(ChatCompletionChunk.from_dict, sent))
     message, merged = completion.choices[0].message, {"a": 2, "b": {"c": [1, 2]}}
     assert message.extra == message.tool_calls[0].extra == merged
-    assert {name: completion.raw[name] for name in "ab"} == merged
+    assert {name: completion.raw[name] for name in "ab"} == {"a": 2, "b": {"c": [2]}}
 
 
 def test_of_head_and_endings_the_first_counts_and_of_usage_the_latest():
