@@ -1355,9 +1355,10 @@ class _AnswerDecoder:
     def _no_answer(self) -> APIError:
         if self.over:
             return self._invalid("[DONE] and no answer")
+        got = self._content_type or "no content type"
         what = "neither an event stream nor JSON" if self._mark else "an empty body"
         text = self._head.decode("utf-8", "replace").strip()
-        return self._invalid(f"{what} ({self._content_type or 'no type'})", text)
+        return self._invalid(f"{what} ({got})", text)
 
     def _invalid(self, what: str, text: str = "") -> APIError:
         text = self._redact(text)
@@ -2265,8 +2266,7 @@ async def _awhole(call: _Call) -> ChatCompletion:
 
 
 def _names(listed: ChatCompletion) -> list[str]:
-    ids = [_string(model.get("id")) for model in _dicts(listed.raw["data"])]
-    return list(filter(None, ids))
+    return [m["id"] for m in _dicts(listed.raw["data"]) if _string(m.get("id"))]
 
 
 class _Client:
