@@ -553,6 +553,8 @@ def _said(d: Json) -> Json:
             thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
         sent = "".join(filter(_string, texts))
         reasoning = "".join(filter(_string, thoughts)) or None
+    elif "reasoning" not in d:
+        return d
     rest = {name: value for name, value in d.items() if name != "reasoning"}
     return rest | {"content": sent, "reasoning_content": reasoning}
 
@@ -2177,9 +2179,7 @@ def _method(call: Callable[P, T]) -> Callable[Concatenate[Any, P], T]:
     return _signed(method, call, _OWNED)  # type: ignore[no-any-return]
 
 
-def _signed(
-    function: Any, call: Any = _Call, without: Sequence[str] = ("messages",)
-) -> Any:
+def _signed(function: Any, call: Any = _Call, without: Any = ("messages",)) -> Any:
     own = inspect.signature(function, follow_wrapped=False)
     first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     options = inspect.signature(call).parameters.values()
