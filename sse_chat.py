@@ -552,11 +552,11 @@ def _said(d: Json) -> Json:
         for thinking in [part.get("thinking") for part in parts]:
             thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
         sent = "".join(filter(_string, texts))
-        reasoning = "".join(filter(_string, thoughts)) or None
-    elif "reasoning" not in d:
+        reasoning = "".join(filter(_string, thoughts))
+    elif "reasoning" not in d and "reasoning_content" not in d:
         return d
     rest = {name: value for name, value in d.items() if name != "reasoning"}
-    return rest | {"content": sent, "reasoning_content": reasoning}
+    return rest | {"content": sent, "reasoning_content": reasoning or None}
 
 
 @dataclass(repr=False)

@@ -662,6 +662,8 @@ CONTENTS = [
     ({"reasoning_content": "r", "reasoning": "other"}, "", "r"),
     ({"reasoning_content": "", "reasoning": "r"}, "", "r"),
     ({"reasoning_content": "r", "reasoning": None}, "", "r"),
+    ({"reasoning_content": ""}, "", ""),
+    ({"reasoning": ""}, "", ""),
     ({"content": [{"type": "text", "text": "a"}, {"text": "b"}, "c"]}, "abc", ""),
     ({"content": [{"type": "thinking", "thinking": [{"text": "r"}, {}, 1]}]}, "", "r"),
     ({"content": [{"thinking": "r"}, None, {"text": None}, 5]}, "", "r"),
@@ -687,7 +689,8 @@ def test_text_and_reasoning(name, said, text, reasoning):
     chunk = ChatCompletionChunk.from_dict({"choices": [{name: said}]})
     for made in (chunk, whole, accumulate([chunk])):
         assert (made.text, made.reasoning) == (text, reasoning)
-    assert chunk.choices[0].delta.extra is whole.choices[0].message.extra is None
+    for holder in (chunk.choices[0].delta, whole.choices[0].message):
+        assert (holder.reasoning_content, holder.extra) == (reasoning or None, None)
 
 
 @pytest.mark.parametrize("kind", ANSWER_TYPES)
