@@ -715,7 +715,7 @@ class _Answer(_Model):
                 # "" is none: SGLang and old Ollama send it with each chunk.
                 if choice.finish_reason is not None or "finishReason" in sent:
                     reason = choice.finish_reason or sent.get("finishReason")
-                    choice.finish_reason = _string(reason) or None
+                    choice.finish_reason = _encodable(_string(reason)) or None
                 choices.append(choice)
         return cls(
             d.get("id") or "",

@@ -678,6 +678,7 @@ CHOICES = [
     ({"finishReason": "STOP"}, (4, "STOP")),
     ({"finish_reason": None, "finishReason": "STOP"}, (5, "STOP")),
     ({"finish_reason": "stop", "finishReason": "STOP"}, (6, "stop")),
+    ({"finish_reason": "\ud83d"}, (7, "\ufffd")),
 ]
 
 
