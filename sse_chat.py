@@ -1945,10 +1945,9 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
     try:
         if answer.deadline is None:
             return next(reads, None)
-        if answer.is_late():
-            return None
-        with _alarm(answer.time_left() or 0.0, answer.response):
-            return next(reads, None)
+        if not answer.is_late():
+            with _alarm(answer.time_left() or 0.0, answer.response):
+                return next(reads, None)
     except _network_errors() as error:
         answer.cause = error
     return None
@@ -1960,13 +1959,13 @@ async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes |
         return None
     try:
         if answer.deadline is None and not answer.over_http2:
-            return await anext(reads, None)
-        if answer.is_late():
-            return None
-        import anyio
+            async for data in reads:  # takes less than anext with a default
+                return data
+        elif not answer.is_late():
+            import anyio
 
-        with anyio.move_on_after(answer.time_left()) as answer.scope:
-            return await anext(reads, None)
+            with anyio.move_on_after(answer.time_left()) as answer.scope:
+                return await anext(reads, None)
     except _network_errors() as error:
         answer.cause = error
     return None
