@@ -1438,10 +1438,7 @@ def _words(cause: BaseException) -> str:
 
 
 def _find_error(payload: Any, told: bool = False) -> Json | None:
-    """Return the error in what a server sent, in any of their shapes, None for none.
-
-    What is `told` to be one by a status, or by the name of the event, always is.
-    """
+    """Return the error in what a server sent; what is `told` to be one always is."""
     if isinstance(payload, list) and len(payload) == 1:  # Gemini
         payload = payload[0]
     if not isinstance(payload, dict):
@@ -1827,14 +1824,12 @@ def _load_httpx() -> Any:
 
 @functools.cache
 def _tls(https: bool) -> Any:
-    """Make the context of a client, once: to load the certificates takes 25 ms.
-
-    For http:// an empty one will do; should anything lead to https, it trusts nobody.
-    """
+    """Make the context of a client, once: to load the certificates takes 25 ms."""
     import ssl
 
     if https:
         return _load_httpx().create_ssl_context()
+    # An empty one will do; should anything lead to https, it trusts nobody.
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
@@ -2175,7 +2170,12 @@ def _method(call: Callable[P, T]) -> Callable[Concatenate[Any, P], T]:
     def method(self: Any, *messages: Any, **options: Any) -> Any:
         return function(*messages, **self._with(options))
 
-    return _signed(method, call, _OWNED)  # type: ignore[no-any-return]
+    @functools.wraps(call, updated=())
+    async def amethod(self: Any, *messages: Any, **options: Any) -> Any:
+        return await function(*messages, **self._with(options))
+
+    made: Any = amethod if inspect.iscoroutinefunction(call) else method
+    return _signed(made, call, _OWNED)  # type: ignore[no-any-return]
 
 
 def _signed(function: Any, call: Any = _Call, without: Any = ("messages",)) -> Any:
