@@ -2142,9 +2142,6 @@ class AsyncChatStream(
 # ---- The ways to ask -----------------------------------------------------------------
 
 
-_OWNED = ("base_url", "api_key", "client")  # by a ChatClient: its calls have none
-
-
 def _options_of(call: Callable[Concatenate[Messages, P], T]) -> Callable[P, T]:
     """Tell type checkers what a call takes beside its messages."""
     return call  # type: ignore[return-value]
@@ -2268,6 +2265,10 @@ def _names(listed: ChatCompletion) -> list[str]:
     return [m["id"] for m in _dicts(listed.raw["data"]) if _string(m.get("id"))]
 
 
+_OWNED = ("base_url", "api_key", "client")  # by a ChatClient: its calls have none
+_generate, _models = generate, models  # in the class these names are the methods'
+
+
 class _Client:
     """What both clients are made of: a pool of connections, the options of a call."""
 
@@ -2299,8 +2300,8 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
     """
 
     stream = _method(stream_chat)
-    generate = _method(generate)
-    models = _method(models)
+    generate = _method(_generate)
+    models = _method(_models)
 
     def close(self) -> None:
         """Close the connections."""
