@@ -1604,7 +1604,7 @@ class _Call:
             headers, url = {**headers, **self.request.headers}, str(self.request.url)
         for secret in _secrets(headers, url, self.login):
             text = text.replace(secret, "[secret]")
-            if "\\" in text:
+            if "\\" in text:  # where JSON escapes it
                 ways = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in secret)
                 text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
         return text
