@@ -1359,7 +1359,7 @@ class _AnswerDecoder:
             return self._invalid("[DONE] and no answer")
         got = self._content_type or "no content type"
         what = "neither an event stream nor JSON" if self._mark else "an empty body"
-        text = self._head.decode("utf-8", "replace").strip()
+        text = self._head.decode("utf-8", "replace") if self._mark else ""
         return self._invalid(f"{what} ({got})", text)
 
     def _invalid(self, what: str, text: str = "") -> APIError:

@@ -1170,7 +1170,7 @@ MESSAGE = {"role": "assistant", "content": "Hello"}
 WHOLE = {"id": "c", "object": "chat.completion", "model": "m", "created": 2}
 WHOLE["choices"] = [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]
 JSON = json.dumps(WHOLE).encode()
-PAGE = b"<!doctype html><title>Sign in</title>"
+PAGE = b"<!doctype html><title>Sign in</title>\n"
 NEITHER = {"text": "", "if_broken": Truncated}  # no event stream and no JSON
 
 # An error as servers send it, its code, type and param, and its message if not @ alone
@@ -1310,6 +1310,7 @@ async def test_how_an_answer_ends(chat, body):
                 assert re.search(body.says, str(error))
                 assert not re.search("x{201}", str(error))
                 assert error.status_code is None
+                assert body.data != PAGE or error.body == PAGE.decode()
                 assert server.url in str(error)
                 assert server.url not in error.message
                 assert body.kind in str(error) or body.if_broken is body.error
@@ -2876,8 +2877,7 @@ class Terminal:
 def at_terminal(*args: str, script: str = ON_IT, **env: str) -> Iterator[Terminal]:
     """The program on a terminal of its own; `script` starts it, $0 is the tty."""
     master, slave = os.openpty()
-    # The shell leads a session: the first terminal that it opens becomes its own, and
-    # Ctrl-C on it a signal.
+    # The shell leads a session: the terminal that it opens is its own, with Ctrl-C.
     options = {"wrap": ["sh", "-c", script, os.ttyname(slave)], "INPUTRC": os.devnull}
     with started(*args, **options, TERM="dumb", **env) as process:
         yield Terminal(process, master)
