@@ -2779,7 +2779,7 @@ class _Terminal:
             messages = json.load(file)
         if _dicts(messages) != messages or not all(m.get("role") for m in messages):
             raise ValueError(f"{name!r} holds no list of messages")
-        _Call(messages)  # raises where they cannot be sent
+        _Call(messages, **self.client._with({}))  # raises where they cannot be sent
         self.messages = messages
         return f"loaded {len(messages)} messages from {name}"
 

@@ -2984,9 +2984,9 @@ def test_conversation_goes_on_after_errors():
 
 
 def test_commands_of_a_conversation(tmp_path):
-    saved = tmp_path / "saved.json"
+    saved, wrong = tmp_path / "saved.json", {"OPENAI_BASE_URL": "ftp://x"}
     both = listed("fir\x07st", "second")
-    with serve(both) as server, at_terminal("-u", server.url) as tty:
+    with serve(both) as server, at_terminal("-u", server.url, **wrong) as tty:
         assert "asking fir\\x07st\r\n" in tty.expect(">>> ")
         assert "/clear" in tty.say("/?")
         tty.say('"""/first', "... ")
