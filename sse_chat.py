@@ -78,7 +78,7 @@ else:  # for whoever reads the annotations at run time
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound="_Model")
-A = TypeVar("A", bound="_Answer")
+A = TypeVar("A", bound="_CompletionBase")
 
 Json = dict[str, Any]
 
@@ -239,17 +239,17 @@ class SSEDecoder:
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Return the events that `chunk` ends. Raises SSEError over the limit."""
-        data = self._only_data(chunk)
+        data = self._single_data_line(chunk)
         if data is not None:
             return [ServerSentEvent("message", data, self._id)]
-        return self._take(self._lines._split(chunk))
+        return self._interpret(self._lines._split(chunk))
 
     def decode(self, line: str) -> ServerSentEvent | None:
         """Take one line without its end; return the event that a blank one ends."""
-        events = self._take([line.encode("utf-8", "surrogatepass")])
+        events = self._interpret([line.encode("utf-8", "surrogatepass")])
         return events[0] if events else None
 
-    def _only_data(self, chunk: bytes) -> str | None:
+    def _single_data_line(self, chunk: bytes) -> str | None:
         """Return the data of a read that is one event of one line, None for others.
 
         Most reads are that. Without a look at each line they take half the time.
@@ -264,7 +264,7 @@ class SSEDecoder:
         lines._after_cr = False
         return data.decode("utf-8", "replace")
 
-    def _take(self, lines: list[bytes]) -> list[ServerSentEvent]:
+    def _interpret(self, lines: list[bytes]) -> list[ServerSentEvent]:
         if self._overflow:
             self._lines._pending.clear()
             raise SSEError(self._overflow)
@@ -283,18 +283,18 @@ class SSEDecoder:
                 continue
             size += len(line) + 1
             if size - 1 > limit:
-                raise self._over(line, events)
+                raise self._overflow_error(line, events)
             if line[:6] == b"data: ":  # as nearly all are
                 data.append(line[6:])
             elif line[0] != _COLON:
-                self._field(line, events)
+                self._process_field(line, events)
         self._size = size
         pending = self._lines._pending
         if pending and size + len(pending) > limit:
-            raise self._over(bytes(pending), events)
+            raise self._overflow_error(bytes(pending), events)
         return events
 
-    def _field(self, line: bytes, events: list[ServerSentEvent]) -> None:
+    def _process_field(self, line: bytes, events: list[ServerSentEvent]) -> None:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -307,7 +307,7 @@ class SSEDecoder:
             with suppress(ValueError):  # more digits than Python converts
                 self._retry = self.retry = int(value)
 
-    def _over(self, line: bytes, events: list[ServerSentEvent]) -> SSEError:
+    def _overflow_error(self, line: bytes, events: list[ServerSentEvent]) -> SSEError:
         self._began = (self._data or [line])[0]
         began = self._began[:200].decode("utf-8", "replace")
         self._overflow = f"an event of more than {self._limit} bytes: {began!r}"
@@ -341,7 +341,7 @@ def iter_sse(
     """Give the events of a stream of bytes. Raises SSEError for one over the limit."""
     decoder = SSEDecoder(max_event_bytes)
     for chunk in chunks:
-        yield from _fed(decoder, chunk)
+        yield from _events_before_error(decoder, chunk)
 
 
 async def aiter_sse(
@@ -350,11 +350,13 @@ async def aiter_sse(
     """Async twin of `iter_sse`."""
     decoder = SSEDecoder(max_event_bytes)
     async for chunk in chunks:
-        for event in _fed(decoder, chunk):
+        for event in _events_before_error(decoder, chunk):
             yield event
 
 
-def _fed(decoder: SSEDecoder, chunk: bytes) -> Iterator[ServerSentEvent]:
+def _events_before_error(
+    decoder: SSEDecoder, chunk: bytes
+) -> Iterator[ServerSentEvent]:
     try:
         yield from decoder.feed(chunk)
     except SSEError as error:
@@ -379,18 +381,18 @@ class EventSource:
         """Give the events as they come."""
         self._check_content_type()
         for chunk in self.response.iter_bytes():
-            yield from self._given(chunk)
+            yield from self._dispatch(chunk)
 
     async def aiter_sse(self) -> AsyncIterator[ServerSentEvent]:
         """Give the events as they come."""
         self._check_content_type()
         async for chunk in self.response.aiter_bytes():
-            for event in self._given(chunk):
+            for event in self._dispatch(chunk):
                 yield event
 
-    def _given(self, chunk: bytes) -> Iterator[ServerSentEvent]:
+    def _dispatch(self, chunk: bytes) -> Iterator[ServerSentEvent]:
         decoder = self._decoder
-        for event in _fed(decoder, chunk):
+        for event in _events_before_error(decoder, chunk):
             self.last_event_id, self.retry = event.id, decoder.retry
             yield event
         self.last_event_id, self.retry = decoder.last_event_id, decoder.retry
@@ -445,15 +447,20 @@ class _Model:
     `extra` holds what a server sent beyond the fields, `raw` all that it sent.
     """
 
-    _ours = ("reasoning_content", "extra")  # fields that openai's types do not have
+    _extensions = (
+        "reasoning_content",
+        "extra",
+    )  # fields that openai's types do not have
 
     @classmethod
     def from_dict(cls: type[M], d: Json) -> M:
         """Build it from what a server sent, whatever is missing, null or unknown."""
         made = cls()
-        builders = _builders(cls)  # type: ignore[arg-type] # a class can be hashed
+        builders = _converters(cls)  # type: ignore[arg-type] # a class can be hashed
         extra: Json = {}
-        for name, sent in (_said(d) if "reasoning_content" in builders else d).items():
+        for name, sent in (
+            _normalise_message(d) if "reasoning_content" in builders else d
+        ).items():
             if name not in builders:
                 extra[name] = sent
             elif sent is not None and (value := builders[name](sent)) is not None:
@@ -470,22 +477,24 @@ class _Model:
 
     def __repr__(self) -> str:
         values = vars(self).items()
-        shown = [(k, v) for k, v in values if v is not None or k not in self._ours]
+        shown = [
+            (k, v) for k, v in values if v is not None or k not in self._extensions
+        ]
         pairs = [f"{name}={value!r}" for name, value in shown if name != "raw"]
         return f"{type(self).__name__}({', '.join(pairs)})"
 
 
 @functools.cache
-def _builders(model: Any) -> dict[str, Callable[[Any], Any]]:
+def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
     """Return what makes the value of each field of what was sent for it."""
     hints = typing.get_type_hints(model)
-    builders = {k: _builder(hints[k]) for k in hints.keys() - {"extra", "raw"}}
+    builders = {k: _converter(hints[k]) for k in hints.keys() - {"extra", "raw"}}
     if "arguments" in hints:  # llama.cpp has sent an object
         builders["arguments"] = lambda d: d if type(d) is str else json.dumps(d)
     return builders
 
 
-def _builder(hint: Any) -> Callable[[Any], Any]:
+def _converter(hint: Any) -> Callable[[Any], Any]:
     """Return what makes a value of this type, and None of what is no such value."""
     if hint in (int, float):
         return lambda sent: sent  # a usage that is no number is better than a wrong 0
@@ -518,7 +527,7 @@ def _string(sent: Any) -> str | None:
     return sent if type(sent) is str else None
 
 
-def _encodable(text: Any) -> Any:
+def _repair_surrogates(text: Any) -> Any:
     """Return a text with the halves of surrogate pairs joined, a lone one as U+FFFD.
 
     Servers that cut between bytes send an emoji as `"\\ud83d"` and then `"\\ude42"`,
@@ -529,7 +538,7 @@ def _encodable(text: Any) -> Any:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _joiner() -> Callable[..., str]:
+def _surrogate_joiner() -> Callable[..., str]:
     """Return what does so for texts that come one by one: it holds back half a pair."""
     decode = codecs.getincrementaldecoder("utf-16-le")("replace").decode
     return lambda text, final=False: decode(
@@ -537,7 +546,7 @@ def _joiner() -> Callable[..., str]:
     )
 
 
-def _said(d: Json) -> Json:
+def _normalise_message(d: Json) -> Json:
     """Return a message or delta with its text and its reasoning in one place each.
 
     Reasoning is `reasoning_content` with most servers, `reasoning` with Ollama, vLLM
@@ -686,7 +695,7 @@ class ChatCompletionMessage(_Model):
 
 
 @dataclass(repr=False)
-class _Answer(_Model):
+class _CompletionBase(_Model):
     """What chunks and whole answers have in common."""
 
     id: str = ""
@@ -715,7 +724,7 @@ class _Answer(_Model):
                 # "" is none: SGLang and old Ollama send it with each chunk.
                 if choice.finish_reason is not None or "finishReason" in sent:
                     reason = choice.finish_reason or sent.get("finishReason")
-                    choice.finish_reason = _encodable(_string(reason)) or None
+                    choice.finish_reason = _repair_surrogates(_string(reason)) or None
                 choices.append(choice)
         return cls(
             d.get("id") or "",
@@ -745,7 +754,7 @@ class _Answer(_Model):
 
 
 @dataclass(repr=False)
-class ChatCompletionChunk(_Answer):
+class ChatCompletionChunk(_CompletionBase):
     """One event of a streamed answer; `raw` is all that the server sent in it."""
 
     @dataclass(repr=False)
@@ -774,7 +783,7 @@ class ChatCompletionChunk(_Answer):
 
 
 @dataclass(repr=False)
-class ChatCompletion(_Answer):
+class ChatCompletion(_CompletionBase):
     """A whole answer, or what has come of it.
 
     `raw` is all that the server sent; of a stream, what it would have sent at once.
@@ -859,11 +868,11 @@ class APIResponseValidationError(APIError):
 # ---- Accumulating: chunks to a whole answer ------------------------------------------
 
 # What servers call the end of a choice that failed (vLLM, DeepSeek, OpenRouter, …).
-_FAILURE = re.compile(
+_FAILURE_REASON = re.compile(
     "(?i)error|abort(ed)?|cancell?ed|failed|network_error|insufficient_system_resource"
 )
 # What has a field, and padding. Of all else in a chunk the latest is kept.
-_CHUNK = vars(ChatCompletionChunk()).keys() | {"obfuscation"}
+_CHUNK_FIELDS = vars(ChatCompletionChunk()).keys() | {"obfuscation"}
 
 
 class ChatAccumulator:
@@ -871,26 +880,28 @@ class ChatAccumulator:
 
     def __init__(self) -> None:
         self.failure = ""  # the finish_reason, if a choice ended with a failure
-        self._names: Json = {}  # id, model and created, each from the first that has it
-        self._head: Json = {}  # usage and such from the last, and what is unknown
-        self._choices: dict[int, _Choice] = {}
+        self._identity: Json = {}  # each from the first that has it
+        self._latest: Json = {}  # usage and such from the last, and what is unknown
+        self._choices: dict[int, _ChoiceBuilder] = {}
 
     def add(self, chunk: ChatCompletionChunk) -> None:
         """Add the next chunk. Raises ValueError beyond MAX_CHOICES and MAX_DEPTH."""
-        if len(self._names) < 3:  # Azure's first chunk has none of them
+        if len(self._identity) < 3:  # Azure's first chunk has none of them
             names = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
-            self._names = {k: _copy(v, 1) for k, v in names.items() if v} | self._names
+            self._identity = {
+                k: _clean_copy(v, 1) for k, v in names.items() if v
+            } | self._identity
         if chunk.usage is not None:
             usage = chunk.raw.get("usage") or chunk.usage.to_dict()
-            self._head["usage"] = _copy(usage, 1)
+            self._latest["usage"] = _clean_copy(usage, 1)
         if type(chunk.system_fingerprint) is str:
-            self._head["system_fingerprint"] = chunk.system_fingerprint
+            self._latest["system_fingerprint"] = chunk.system_fingerprint
         if type(chunk.service_tier) is str:
-            self._head["service_tier"] = chunk.service_tier
-        if not _CHUNK.issuperset(chunk.raw):
+            self._latest["service_tier"] = chunk.service_tier
+        if not _CHUNK_FIELDS.issuperset(chunk.raw):
             for name, value in chunk.raw.items():  # Perplexity: citations in each chunk
-                if name not in _CHUNK and value is not None:
-                    self._head[name] = _copy(value, 1)
+                if name not in _CHUNK_FIELDS and value is not None:
+                    self._latest[name] = _clean_copy(value, 1)
         if len(chunk.choices) > MAX_CHOICES:
             raise ValueError(f"more than {MAX_CHOICES} choices")
         for piece in chunk.choices:
@@ -898,16 +909,16 @@ class ChatAccumulator:
             if choice is None:
                 if not 0 <= piece.index < MAX_CHOICES:
                     raise ValueError(f"an index that is not 0 to {MAX_CHOICES - 1}")
-                choice = self._choices[piece.index] = _Choice()
+                choice = self._choices[piece.index] = _ChoiceBuilder()
             choice.add(piece.delta)
             if piece.logprobs is not None:
                 _merge(choice.logprobs, piece.logprobs.to_dict())
-            if (reason := piece.finish_reason) and _FAILURE.fullmatch(reason):
+            if (reason := piece.finish_reason) and _FAILURE_REASON.fullmatch(reason):
                 self.failure = reason
             elif reason:  # what follows the end, a filter's, has none
                 choice.finish_reason = reason
 
-    def ended(self, choices: int, done: bool) -> bool:
+    def is_complete(self, choices: int, done: bool) -> bool:
         """Tell whether the answer is whole, of which so many `choices` were asked for.
 
         All of them, and all that were seen, have a finish_reason; or the server says
@@ -921,7 +932,7 @@ class ChatAccumulator:
     def completion(self) -> ChatCompletion:
         """The answer so far, for good; a `finish_reason` that did not come is None."""
         choices = [{"index": i} | c.to_dict() for i, c in sorted(self._choices.items())]
-        known: Json = _copy(self._head | self._names)
+        known: Json = _clean_copy(self._latest | self._identity)
         whole = {"object": "chat.completion", "choices": choices}
         return ChatCompletion.from_dict(known | whole)
 
@@ -934,7 +945,7 @@ def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
     return accumulator.completion
 
 
-class _Choice:
+class _ChoiceBuilder:
     """One choice while its deltas come: JSON, with bytearrays for texts that grow.
 
     They hold UTF-8: a list of their pieces takes ten times the memory (StringIO is one
@@ -952,7 +963,7 @@ class _Choice:
         if (content := delta.content) is not None:  # in most; a call takes longer
             self.message["content"] += content.encode("utf-8", "surrogatepass")
         if delta.role and "role" not in self.message:
-            self.message["role"] = _copy(delta.role, 1)
+            self.message["role"] = _clean_copy(delta.role, 1)
         if delta.tool_calls is not None:
             if len(delta.tool_calls) > MAX_CHOICES:
                 raise ValueError(f"more than {MAX_CHOICES} tool calls")
@@ -992,11 +1003,11 @@ class _Choice:
             _merge(call, piece.extra)
 
     def to_dict(self) -> Json:
-        message = {"role": "assistant", "content": None} | _copy(self.message)
+        message = {"role": "assistant", "content": None} | _clean_copy(self.message)
         if self.calls:
             calls = sorted(self.calls, key=lambda call: call[0])
-            message["tool_calls"] = [_copy(call) for _, call in calls]
-        logprobs = _copy(self.logprobs) or None
+            message["tool_calls"] = [_clean_copy(call) for _, call in calls]
+        logprobs = _clean_copy(self.logprobs) or None
         ending = {"finish_reason": self.finish_reason, "logprobs": logprobs}
         return ending | {"message": message}
 
@@ -1011,17 +1022,17 @@ def _to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # a pair's halves may come apart
 
 
-def _copy(value: Any, depth: int = 0) -> Any:
+def _clean_copy(value: Any, depth: int = 0) -> Any:
     """Return a copy that can be encoded. Raises ValueError if `value` is too deep."""
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
     if isinstance(value, dict):
-        return {name: _copy(item, depth + 1) for name, item in value.items()}
+        return {name: _clean_copy(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list):
-        return [_copy(item, depth + 1) for item in value]
+        return [_clean_copy(item, depth + 1) for item in value]
     if isinstance(value, bytearray):
         value = value.decode("utf-8", "surrogatepass")
-    return _encodable(value)
+    return _repair_surrogates(value)
 
 
 def _merge(into: Json, more: Json, depth: int = 1) -> None:
@@ -1031,9 +1042,9 @@ def _merge(into: Json, more: Json, depth: int = 1) -> None:
         if isinstance(value, dict) and isinstance(old, dict):
             _merge(old, value, depth + 1)
         elif isinstance(value, list) and isinstance(old, list):
-            old.extend(_copy(value, depth))
+            old.extend(_clean_copy(value, depth))
         elif value is not None:
-            into[name] = _copy(value, depth)
+            into[name] = _clean_copy(value, depth)
 
 
 def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
@@ -1083,20 +1094,20 @@ def iter_chunks(
     Raises as `ChatStream` does where the body is no whole answer. An OSError that the
     iterable raises is how the body ended.
     """
-    answer = _AnswerDecoder(max_event_bytes)
+    answer = _AnswerReader(max_event_bytes)
     reads = iter(chunks)
-    while not answer.finished:
-        yield from answer.feed(_read(reads, answer))
+    while not answer.is_finished:
+        yield from answer.feed(_next_bytes(reads, answer))
 
 
 async def aiter_chunks(
     chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> AsyncIterator[ChatCompletionChunk]:
     """Async twin of `iter_chunks`."""
-    answer = _AnswerDecoder(max_event_bytes)
+    answer = _AnswerReader(max_event_bytes)
     reads = aiter(chunks)
-    while not answer.finished:
-        for chunk in answer.feed(await _aread(reads, answer)):
+    while not answer.is_finished:
+        for chunk in answer.feed(await _anext_bytes(reads, answer)):
             yield chunk
 
 
@@ -1110,15 +1121,15 @@ def _network_errors() -> tuple[type[Exception], ...]:
 class _ChatEvents(SSEDecoder):
     """Takes a field named `error` for an event: old llama.cpp reports errors so."""
 
-    def _field(self, line: bytes, events: list[ServerSentEvent]) -> None:
+    def _process_field(self, line: bytes, events: list[ServerSentEvent]) -> None:
         name, _, value = line.partition(b":")
         if name == b"error":
             events.append(ServerSentEvent("error", value.decode("utf-8", "replace")))
         else:
-            super()._field(line, events)
+            super()._process_field(line, events)
 
 
-class _AnswerDecoder:
+class _AnswerReader:
     """The bytes of one body in, chunks out, and the verdict on how it ended.
 
     | the body                                          | the verdict                |
@@ -1137,9 +1148,11 @@ class _AnswerDecoder:
     and no `[DONE]` makes up for an error.
     """
 
-    def __init__(self, max_event_bytes: int | None, call: _Call | None = None) -> None:
+    def __init__(
+        self, max_event_bytes: int | None, call: _Request | None = None
+    ) -> None:
         self.over = ""  # why no more is to be read: "done" or "closed"
-        self.finished = False  # the end was fed
+        self.is_finished = False  # the end was fed
         self.cause: BaseException | None = None  # how the connection broke
         self.deadline: float | None = None  # for the first token, until it is there
         self.failure: APIError | None = None
@@ -1151,12 +1164,12 @@ class _AnswerDecoder:
         self._lists_models = call is not None and call.method == "GET"
         self._limit = sys.maxsize if max_event_bytes is None else max_event_bytes
         self._events = _ChatEvents(max_event_bytes)
-        self._answer = ChatAccumulator()
+        self._accumulator = ChatAccumulator()
         self._content_type = ""
-        self._unzip: Any = None
+        self._unpacker: Any = None
         self._kind = ""  # "stream", "json" or "other", once that is known
-        self._mark = b""  # the first bytes that are not blank
-        self._head = bytearray()  # all bytes, unless it is known to be a stream
+        self._start = b""  # the first bytes that are not blank
+        self._held = bytearray()  # all bytes, unless it is known to be a stream
         self._json: Json | None = None  # the completion, where it came in one piece
 
     def start(self) -> None:
@@ -1180,7 +1193,7 @@ class _AnswerDecoder:
         self.response = response
         self.over_http2 = response.http_version == "HTTP/2"
         self._content_type = response.headers.get("content-type", "")
-        self._unzip = _unzip(response)
+        self._unpacker = _unpacker(response)
         return response
 
     def end(self, why: str) -> None:
@@ -1190,44 +1203,46 @@ class _AnswerDecoder:
     @property
     def completion(self) -> ChatCompletion:
         if self._json is not None:
-            return ChatCompletion.from_dict(_copy(self._json))
-        return self._answer.completion
+            return ChatCompletion.from_dict(_clean_copy(self._json))
+        return self._accumulator.completion
 
     @property
     def complete(self) -> bool:
         asked = self._call.choices if self._call else 1
-        whole = self._json is not None or self._answer.ended(asked, self.over == "done")
+        whole = self._json is not None or self._accumulator.is_complete(
+            asked, self.over == "done"
+        )
         return whole and self.failure is None
 
     def feed(self, data: bytes | None) -> Iterable[ChatCompletionChunk]:
         """Give the chunks that `data` ends, or None, the end; raise what is wrong."""
         if data is None:
-            self.finished = True
+            self.is_finished = True
             return self._finish()
-        if self._unzip is not None:
-            return self._chunks(self._unzipped(data))
-        only = self._events._only_data(data) if self._kind == "stream" else None
+        if self._unpacker is not None:
+            return self._read_events(self._unpacked(data))
+        only = self._events._single_data_line(data) if self._kind == "stream" else None
         if only is None:
-            return self._chunks((data,))
-        chunk = self._chunk(only)  # as a rule; saves an event and a generator
+            return self._read_events((data,))
+        chunk = self._read_data(only)  # as a rule; saves an event and a generator
         return () if chunk is None else (chunk,)
 
-    def _unzipped(self, data: bytes) -> Iterator[bytes]:
+    def _unpacked(self, data: bytes) -> Iterator[bytes]:
         """Unpack piece by piece: a small body could fill the memory."""
         piece = data
-        while (data or len(piece) == _PIECE) and not self._unzip.eof:
+        while (data or len(piece) == _PIECE) and not self._unpacker.eof:
             try:
-                piece = self._unzip.decompress(data, _PIECE)
+                piece = self._unpacker.decompress(data, _PIECE)
             except zlib.error as error:
                 raise self._invalid(f"a body that does not unpack ({error})") from error
             yield piece
-            data = self._unzip.unconsumed_tail
+            data = self._unpacker.unconsumed_tail
 
-    def _chunks(self, pieces: Iterable[bytes]) -> Iterator[ChatCompletionChunk]:
+    def _read_events(self, pieces: Iterable[bytes]) -> Iterator[ChatCompletionChunk]:
         try:
             for piece in pieces:
-                for event in _fed(self._events, self._recognise(piece)):
-                    chunk = self._chunk(event.data, event.event == "error")
+                for event in _events_before_error(self._events, self._recognise(piece)):
+                    chunk = self._read_data(event.data, event.event == "error")
                     if chunk is not None:
                         yield chunk
                     if self.over:
@@ -1241,49 +1256,49 @@ class _AnswerDecoder:
         """Hold the body back until its first bytes tell what it is; give a stream's."""
         if self._kind == "stream":
             return data
-        self._head += data
-        if len(self._mark) < 8:
-            self._mark = (self._mark + data).lstrip(_BLANK)[:8]
-            self._kind = _kind_of(self._mark, self._content_type)
+        self._held += data
+        if len(self._start) < 8:
+            self._start = (self._start + data).lstrip(_BLANK)[:8]
+            self._kind = _body_kind(self._start, self._content_type)
             if self._kind == "stream" and self._lists_models:
                 self._kind = "other"
         if self._kind == "stream":
-            data, self._head = bytes(self._head), bytearray()
+            data, self._held = bytes(self._held), bytearray()
             return data
-        if len(self._head) > self._limit:
-            text = self._head.decode("utf-8", "replace")
+        if len(self._held) > self._limit:
+            text = self._held.decode("utf-8", "replace")
             raise self._invalid(f"a body of more than {self._limit} bytes", text)
-        if self._kind == "other" and len(self._head) > 4 * _EXCERPT:
+        if self._kind == "other" and len(self._held) > 4 * _EXCERPT:
             raise self.verdict()
         return b""
 
-    def _chunk(self, data: str, told: bool = False) -> ChatCompletionChunk | None:
+    def _read_data(self, data: str, told: bool = False) -> ChatCompletionChunk | None:
         """Return the chunk in an event's data; raise if it is `told` to be an error."""
         if told:
-            raise self._failed(APIError(*_told(data, self._redact)))
-        payload, problem = _parsed(data)
+            raise self._failed(APIError(*_server_error_fields(data, self._redact)))
+        payload, problem = _parse_json(data)
         if not problem:
-            return self._take(payload, data)
+            return self._read_json(payload, data)
         if data.startswith("[DONE]"):
             self.end("done")
         # At the end of the body it has been cut: no part of a JSON object is one.
-        elif data and not data.isspace() and not self.finished:
+        elif data and not data.isspace() and not self.is_finished:
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return None
 
-    def _take(
+    def _read_json(
         self, payload: Any, text: str, whole: bool = False
     ) -> ChatCompletionChunk:
         """Return the chunk that a JSON text is, the only one if that is the `whole`."""
         if _find_error(payload):
-            raise self._failed(APIError(*_told(text, self._redact)))
+            raise self._failed(APIError(*_server_error_fields(text, self._redact)))
         if type(payload) is not dict or (whole and not self._is_whole(payload)):
             raise self._invalid("JSON that is no answer", text)
         try:
             chunk = ChatCompletionChunk.from_dict(payload)
-            self._answer.add(chunk)
-            if whole and not self._answer.failure:
-                self._json = _copy(payload)
+            self._accumulator.add(chunk)
+            if whole and not self._accumulator.failure:
+                self._json = _clean_copy(payload)
         except (ValueError, RecursionError) as error:
             what = f"JSON that is no answer ({error})"
             raise self._invalid(what, text) from error
@@ -1301,9 +1316,9 @@ class _AnswerDecoder:
     def _finish(self) -> Iterator[ChatCompletionChunk]:
         """Give what the last bytes hold, then raise if the answer is not complete."""
         if self._kind == "stream" and not self.over:
-            yield from self._chunks((b"\n\n",))  # llama.cpp has left them out
+            yield from self._read_events((b"\n\n",))  # llama.cpp has left them out
         elif self._kind == "json" and not self.over:
-            yield self._from_json()
+            yield self._read_body()
         self.check()
 
     def check(self) -> None:
@@ -1311,18 +1326,18 @@ class _AnswerDecoder:
         if not self.complete:
             raise self.failure or self.verdict()
 
-    def _from_json(self) -> ChatCompletionChunk:
+    def _read_body(self) -> ChatCompletionChunk:
         """Return the answer that a JSON body is, with `[DONE]` after it or not."""
-        text = self._head.decode("utf-8-sig", "replace")
-        payload, problem = _parsed(text)
+        text = self._held.decode("utf-8-sig", "replace")
+        payload, problem = _parse_json(text)
         end = getattr(problem, "pos", 0)
         if end and "data:[DONE]".startswith("".join(text[end:].split())):
-            payload, problem = _parsed(text[:end])
-        if problem and (self.cause or _may_be_cut(text, problem)):
+            payload, problem = _parse_json(text[:end])
+        if problem and (self.cause or _looks_truncated(text, problem)):
             raise self.verdict()
         if problem:
             raise self._invalid(f"a body that is not JSON ({problem})", text)
-        return self._take(payload, text, whole=True)
+        return self._read_json(payload, text, whole=True)
 
     def ended_by(self, error: APIError) -> APIError:
         """Return why no answer began: `error`, unless it was ended from here."""
@@ -1333,7 +1348,7 @@ class _AnswerDecoder:
     def verdict(self) -> APIError:
         """Say why an answer that is not complete ended."""
         cause = self.cause
-        how = f"the connection broke ({_words(cause)})" if cause else "it ended"
+        how = f"the connection broke ({_reason(cause)})" if cause else "it ended"
         if _is_timeout(cause):
             how = f"no data for {self._call.timeout[1]} s" if self._call else "silence"
         kind: type[APIError] = TruncatedStreamError
@@ -1345,9 +1360,9 @@ class _AnswerDecoder:
             kind = APITimeoutError
             limit = self._call.first_token_timeout
             what = f"no token within {limit} s (first_token_timeout)"
-        elif self._answer.failure:
-            what = f"the server ended the answer with {self._answer.failure!r}"
-        elif not cause and (self.over or not self._mark or self._kind == "other"):
+        elif self._accumulator.failure:
+            what = f"the server ended the answer with {self._accumulator.failure!r}"
+        elif not cause and (self.over or not self._start or self._kind == "other"):
             return self._no_answer()
         elif _is_timeout(cause) and not self.has_token:
             kind = APITimeoutError
@@ -1358,8 +1373,8 @@ class _AnswerDecoder:
         if self.over:
             return self._invalid("[DONE] and no answer")
         got = self._content_type or "no content type"
-        what = "neither an event stream nor JSON" if self._mark else "an empty body"
-        text = self._head.decode("utf-8", "replace") if self._mark else ""
+        what = "neither an event stream nor JSON" if self._start else "an empty body"
+        text = self._held.decode("utf-8", "replace") if self._start else ""
         return self._invalid(f"{what} ({got})", text)
 
     def _invalid(self, what: str, text: str = "") -> APIError:
@@ -1370,7 +1385,7 @@ class _AnswerDecoder:
 
     def _failed(self, error: APIError, cause: BaseException | None = None) -> APIError:
         """Keep why there is no whole answer; what has come of it is on the error."""
-        error.context = f" ({_shown(self._call.url)})" if self._call else ""
+        error.context = f" ({_public_url(self._call.url)})" if self._call else ""
         error.completion = self.completion
         # A cause whose words hold a secret is left out.
         error.__cause__ = cause if self._redact(str(cause)) == str(cause) else None
@@ -1385,10 +1400,10 @@ _BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a BOM
 _EXCERPT = 200  # characters of a body that a message shows
 _PIECE = 64 * 1024  # bytes that are unpacked at once
 _scan = json.JSONDecoder().raw_decode
-_FIELDS = (b"data:", b"event:", b"retry:", b"error:", b"id:", b":")
+_SSE_FIELDS = (b"data:", b"event:", b"retry:", b"error:", b"id:", b":")
 
 
-def _kind_of(mark: bytes, content_type: str) -> str:
+def _body_kind(mark: bytes, content_type: str) -> str:
     """Tell from the first bytes that are not blank what a body is, "" for not yet.
 
     They go before the content type: JSON comes as text/event-stream, too, and streams
@@ -1397,12 +1412,12 @@ def _kind_of(mark: bytes, content_type: str) -> str:
     if mark.startswith((b"{", b"[")):
         return "json"
     told = mark and "text/event-stream" in content_type.lower()
-    if told or mark.startswith(_FIELDS):
+    if told or mark.startswith(_SSE_FIELDS):
         return "stream"
-    return "" if any(name.startswith(mark) for name in _FIELDS) else "other"
+    return "" if any(name.startswith(mark) for name in _SSE_FIELDS) else "other"
 
 
-def _parsed(text: str) -> tuple[Any, Exception | None]:
+def _parse_json(text: str) -> tuple[Any, Exception | None]:
     """Return what a JSON text holds, and what is wrong with it."""
     try:
         # An event holds JSON and nothing around it: without the search for white space
@@ -1413,7 +1428,7 @@ def _parsed(text: str) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _may_be_cut(text: str, problem: Exception) -> bool:
+def _looks_truncated(text: str, problem: Exception) -> bool:
     """Tell whether what is wrong with a JSON text may be that its end is missing."""
     at_end = getattr(problem, "pos", -1) >= len(text.rstrip())
     in_string = str(problem).startswith("Unterminated string")
@@ -1429,7 +1444,7 @@ def _is_timeout(cause: BaseException | None) -> bool:
     return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
 
 
-def _words(cause: BaseException) -> str:
+def _reason(cause: BaseException) -> str:
     """Return what an exception says, or the one behind it: trio's have no words."""
     told: BaseException | None = cause
     while told is not None and not str(told):
@@ -1463,7 +1478,7 @@ def _error_text(error: Any, depth: int = 4) -> str:
     return text if len(text) <= 5 * _EXCERPT else text[: 5 * _EXCERPT] + " …"
 
 
-def _told(text: str, redact: Callable[[str], str]) -> tuple[Any, ...]:
+def _server_error_fields(text: str, redact: Callable[[str], str]) -> tuple[Any, ...]:
     """Return what a server said about an error, as APIError takes it."""
     error: Json = {}
     try:
@@ -1475,7 +1490,7 @@ def _told(text: str, redact: Callable[[str], str]) -> tuple[Any, ...]:
         said = _error_text(body)
     code, kind, param = map(error.get, ("code", "type", "param"))
     code = code if isinstance(code, (int, str)) else None
-    message = _encodable(said) or "(no message)"
+    message = _repair_surrogates(said) or "(no message)"
     return message, body, code, _string(kind), _string(param)
 
 
@@ -1489,7 +1504,7 @@ def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
     return value
 
 
-def _unzip(response: Response) -> Any:
+def _unpacker(response: Response) -> Any:
     """Return what unpacks a body, if it says that it is packed as we know it."""
     encoding = response.headers.get("content-encoding", "").strip().lower()
     packed = encoding in ("gzip", "x-gzip", "deflate")
@@ -1505,13 +1520,15 @@ DEFAULT_TIMEOUT = 600.0  # seconds between two reads: a big model loads for minu
 CONNECT_TIMEOUT = 5.0  # seconds
 MODELS_TIMEOUT = 30.0  # seconds, for all of the list of models
 MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
-_LONGEST = 1e6  # seconds; sockets and threads take some thousand times that, no more
-_REST_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
+_LONGEST_SECONDS = (
+    1e6  # seconds; sockets and threads take some thousand times that, no more
+)
+_DRAIN_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
 _ERROR_BODY_SECONDS = 5.0  # for its message
 _DRAIN_SECONDS = 0.5  # for its end, without which the connection cannot be used again
 
 # Keywords of openai's SDK that are not fields of a request, and what to write for them.
-_INSTEAD = {
+_OPENAI_KEYWORDS = {
     "stream": "call stream_chat() or generate()",
     "extra_headers": "write headers=…",
     "default_headers": "write headers=…",
@@ -1522,7 +1539,7 @@ _INSTEAD = {
 }
 
 
-class _Call:
+class _Request:
     """One call: what it asks for, checked; and what becomes of attempts that fail."""
 
     def __init__(
@@ -1541,8 +1558,8 @@ class _Call:
         client: Any = None,
         **params: Any,
     ) -> None:
-        for name in params.keys() & _INSTEAD.keys():
-            raise TypeError(f"no parameter {name}: {_INSTEAD[name]}")
+        for name in params.keys() & _OPENAI_KEYWORDS.keys():
+            raise TypeError(f"no parameter {name}: {_OPENAI_KEYWORDS[name]}")
         if api_key is None:  # a client that has its own does not want the environment's
             own = "authorization" in getattr(client, "headers", {})
             api_key = "" if own else os.environ.get("OPENAI_API_KEY", "")
@@ -1571,13 +1588,13 @@ class _Call:
     def content(self) -> bytes:
         return json.dumps(self.body, default=_to_json, allow_nan=False).encode()
 
-    def in_one_piece(self) -> _Call:
+    def in_one_piece(self) -> _Request:
         """Ask for a whole answer in place of a stream."""
         self.body["stream"] = False
         self.headers["accept"] = "application/json"
         return self
 
-    def for_models(self) -> _Call:
+    def for_models(self) -> _Request:
         """Ask for the names of the models in place of an answer."""
         self.method = "GET"
         self.url = re.sub(r"/chat/completions(?=\?|$)", "/models", self.url)
@@ -1609,9 +1626,9 @@ class _Call:
                 text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
         return text
 
-    def failure(self, cause: Exception) -> APIConnectionError:
+    def connection_error(self, cause: Exception) -> APIConnectionError:
         """Make the error of an attempt that got no answer."""
-        words, advice = self.redact(_words(cause)), ""
+        words, advice = self.redact(_reason(cause)), ""
         if _is_timeout(cause):
             phase = _PHASES.get(type(cause).__name__, "connecting")
             error: APIConnectionError = APITimeoutError(f"timed out {phase}")
@@ -1619,22 +1636,22 @@ class _Call:
             error = APIConnectionError(f"cannot connect: {words}")
             advice = "; start a server there (`ollama serve`), or set base_url"
         else:
-            error = APIConnectionError(f"{_BROKE}: {words}")
+            error = APIConnectionError(f"{_BROKEN}: {words}")
         waited = time.monotonic() - self.started
-        error.context = f" ({_shown(self.url)}, after {waited:.1f} s){advice}"
+        error.context = f" ({_public_url(self.url)}, after {waited:.1f} s){advice}"
         error.__cause__ = cause if self.redact(str(cause)) == str(cause) else None
         return error
 
-    def refusal(self, response: Response, body: bytes) -> APIStatusError:
+    def status_error(self, response: Response, body: bytes) -> APIStatusError:
         """Make the error of a status that is no success."""
-        unzip = _unzip(response)
+        unzip = _unpacker(response)
         if unzip is not None:
             with suppress(zlib.error):
                 body = unzip.decompress(body, _PIECE)
         text = body.decode("utf-8", "replace") or response.reason_phrase
-        error = APIStatusError(*_told(text, self.redact))
+        error = APIStatusError(*_server_error_fields(text, self.redact))
         error.status_code = response.status_code
-        error.context = f" ({_shown(self.url)}){self.advice(response)}"
+        error.context = f" ({_public_url(self.url)}){self.advice(response)}"
         error.retry_after = _retry_after(response.headers, time.time())
         # A copy: the response itself holds the request, and with it the key.
         headers = [
@@ -1651,11 +1668,11 @@ class _Call:
         """Say what to do about a status."""
         status = response.status_code
         if response.has_redirect_location:
-            target = self.redact(_shown(response.headers["location"]))
+            target = self.redact(_public_url(response.headers["location"]))
             return f"; not following to {target} with the key: set base_url to it"
         if status in (401, 403) and not any(map(_SECRET.search, self.request.headers)):
             return "; no key was sent: give api_key, or set OPENAI_API_KEY"
-        if status == 404 and "/v1" not in _shown(self.url):
+        if status == 404 and "/v1" not in _public_url(self.url):
             return "; most servers want a base_url that ends in /v1"
         return ""
 
@@ -1673,7 +1690,7 @@ class _Call:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             wait = wait if error.retry_after is None else error.retry_after
         else:
-            broke = error.message.startswith(_BROKE)
+            broke = error.message.startswith(_BROKEN)
             again = broke or "connect" in error.message
             if broke and not self.died:
                 self.died = True
@@ -1686,7 +1703,7 @@ class _Call:
 
 
 _PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
-_BROKE = "the connection broke before an answer"
+_BROKEN = "the connection broke before an answer"
 _SECRET = re.compile("auth|cookie|key|password|secret|token", re.IGNORECASE)
 _FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
 
@@ -1732,7 +1749,7 @@ def _endpoint(text: str) -> tuple[str, str]:
     return url, unquote(login)
 
 
-def _shown(url: str) -> str:
+def _public_url(url: str) -> str:
     """Return a URL without what may be secret in it: its login and its query."""
     return re.sub(r"//[^/?#]*@", "//", url.partition("?")[0])
 
@@ -1784,7 +1801,7 @@ def _seconds(name: str, value: float | None) -> float | None:
         raise TypeError(f"{name} is a number of seconds, or None for no limit")
     if not value > 0:
         raise ValueError(f"{name} must be over 0 seconds, or None for no limit")
-    return float(min(value, _LONGEST))
+    return float(min(value, _LONGEST_SECONDS))
 
 
 def _timeouts(timeout: Any) -> tuple[float | None, ...]:
@@ -1833,7 +1850,7 @@ def _tls(https: bool) -> Any:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _client(call: _Call, kind: str) -> Any:
+def _client(call: _Request, kind: str) -> Any:
     """Return the client to ask, in a context that closes it if it is our own.
 
     That keeps few connections, but has as many as it is asked for: at httpx's default
@@ -1852,37 +1869,39 @@ def _client(call: _Call, kind: str) -> Any:
     raise APIConnectionError(f"the proxy that the environment names {why}")
 
 
-def _ask(call: _Call, answer: _AnswerDecoder) -> Generator[ChatCompletionChunk]:
+def _stream_answer(
+    call: _Request, answer: _AnswerReader
+) -> Generator[ChatCompletionChunk]:
     """Ask, and give the chunks of the answer; to close this closes all that it opened.
 
     It knows the answer and not the stream, so that who drops the stream drops this.
     """
     with (
         _client(call, "Client") as client,
-        closing(_open(call, answer, client)) as response,
+        closing(_send(call, answer, client)) as response,
     ):
         reads = response.iter_raw()
-        while not answer.finished:
-            yield from answer.feed(_read(reads, answer))
-        _rest(reads, response, _DRAIN_SECONDS)
+        while not answer.is_finished:
+            yield from answer.feed(_next_bytes(reads, answer))
+        _drain(reads, response, _DRAIN_SECONDS)
 
 
-async def _aask(
-    call: _Call, answer: _AnswerDecoder
+async def _astream_answer(
+    call: _Request, answer: _AnswerReader
 ) -> AsyncGenerator[ChatCompletionChunk]:
-    """Async twin of `_ask`."""
+    """Async twin of `_stream_answer`."""
     async with (
         _client(call, "AsyncClient") as client,
-        aclosing(await _aopen(call, answer, client)) as response,
+        aclosing(await _asend(call, answer, client)) as response,
     ):
         reads = response.aiter_raw()
-        while not answer.finished:
-            for chunk in answer.feed(await _aread(reads, answer)):
+        while not answer.is_finished:
+            for chunk in answer.feed(await _anext_bytes(reads, answer)):
                 yield chunk
-        await _arest(reads, response, _DRAIN_SECONDS)
+        await _adrain(reads, response, _DRAIN_SECONDS)
 
 
-def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
+def _send(call: _Request, answer: _AnswerReader, client: Any) -> Response:
     """Ask, again where the rules say so, until an answer begins."""
     answer.start()
     while True:
@@ -1893,18 +1912,18 @@ def _open(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
                 request.extensions["timeout"]["read"] = call.timeout[1]  # all of it
                 return answer.begin(response)
             with closing(response):
-                body = _rest(response.iter_raw(), response, _ERROR_BODY_SECONDS)
-            error: APIError = call.refusal(response, body)
+                body = _drain(response.iter_raw(), response, _ERROR_BODY_SECONDS)
+            error: APIError = call.status_error(response, body)
         except _network_errors() as cause:
-            error = call.failure(cause)
+            error = call.connection_error(cause)
         wait = call.wait_before_retry(error, answer.time_left())
         if wait is None or answer.over:
             raise answer.ended_by(error)
         time.sleep(wait)
 
 
-async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
-    """Async twin of `_open`; here the time for the first token bounds all of it."""
+async def _asend(call: _Request, answer: _AnswerReader, client: Any) -> Response:
+    """Async twin of `_send`; here the time for the first token bounds all of it."""
     import anyio
 
     answer.start()
@@ -1919,10 +1938,10 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
                     return answer.begin(response)
                 async with aclosing(response):
                     reads = response.aiter_raw()
-                    body = await _arest(reads, response, _ERROR_BODY_SECONDS)
-                error: APIError = call.refusal(response, body)
+                    body = await _adrain(reads, response, _ERROR_BODY_SECONDS)
+                error: APIError = call.status_error(response, body)
             except _network_errors() as cause:
-                error = call.failure(cause)
+                error = call.connection_error(cause)
             wait = call.wait_before_retry(error, answer.time_left())
             if wait is None or answer.over:
                 raise answer.ended_by(error)
@@ -1930,7 +1949,7 @@ async def _aopen(call: _Call, answer: _AnswerDecoder, client: Any) -> Response:
     raise answer.verdict()
 
 
-def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
+def _next_bytes(reads: Iterator[bytes], answer: _AnswerReader) -> bytes | None:
     """Return what comes next, None where no more does; httpx bounds the wait for it.
 
     The time for the first token spans several reads, so a thread looks after it.
@@ -1941,15 +1960,17 @@ def _read(reads: Iterator[bytes], answer: _AnswerDecoder) -> bytes | None:
         if answer.deadline is None:
             return next(reads, None)
         if not answer.is_late():
-            with _alarm(answer.time_left() or 0.0, answer.response):
+            with _interrupt_after(answer.time_left() or 0.0, answer.response):
                 return next(reads, None)
     except _network_errors() as error:
         answer.cause = error
     return None
 
 
-async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes | None:
-    """Async twin of `_read`. To close a response wakes its reader, but over HTTP/2."""
+async def _anext_bytes(
+    reads: AsyncIterator[bytes], answer: _AnswerReader
+) -> bytes | None:
+    """Async twin of `_next_bytes`. Closing a response wakes it, but over HTTP/2."""
     if answer.over:
         return None
     try:
@@ -1966,20 +1987,20 @@ async def _aread(reads: AsyncIterator[bytes], answer: _AnswerDecoder) -> bytes |
     return None
 
 
-def _rest(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
+def _drain(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
     """Read the rest of a body, as far as it comes within the bounds."""
     rest = bytearray()
     if not response.is_closed:
-        with suppress(*_network_errors()), _alarm(seconds, response):
+        with suppress(*_network_errors()), _interrupt_after(seconds, response):
             for data in reads:
                 rest += data
-                if len(rest) >= _REST_BYTES:
+                if len(rest) >= _DRAIN_BYTES:
                     break
     return bytes(rest)
 
 
-async def _arest(reads: AsyncIterator[bytes], response: Any, seconds: float) -> bytes:
-    """Async twin of `_rest`."""
+async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) -> bytes:
+    """Async twin of `_drain`."""
     import anyio
 
     rest = bytearray()
@@ -1987,17 +2008,17 @@ async def _arest(reads: AsyncIterator[bytes], response: Any, seconds: float) -> 
         with suppress(*_network_errors()), anyio.move_on_after(seconds):
             async for data in reads:
                 rest += data
-                if len(rest) >= _REST_BYTES:
+                if len(rest) >= _DRAIN_BYTES:
                     break
     return bytes(rest)
 
 
 @contextmanager
-def _alarm(seconds: float, response: Any) -> Iterator[None]:
+def _interrupt_after(seconds: float, response: Any) -> Iterator[None]:
     """Wake a read that has not come back after `seconds`."""
     import threading
 
-    timer = threading.Timer(seconds, _wake, [response])
+    timer = threading.Timer(seconds, _interrupt_read, [response])
     timer.daemon = True
     timer.start()
     try:
@@ -2006,7 +2027,7 @@ def _alarm(seconds: float, response: Any) -> Iterator[None]:
         timer.cancel()
 
 
-def _wake(response: Any) -> None:
+def _interrupt_read(response: Any) -> None:
     """End the read of a response that another thread waits in: shut its socket down.
 
     Not with HTTP/2, where other streams share it; and not once the response is closed,
@@ -2030,9 +2051,9 @@ def _check_client(client: Any, kind: str) -> None:
 class _Stream:
     """What both streams are made of."""
 
-    def __init__(self, call: _Call, kind: str) -> None:
+    def __init__(self, call: _Request, kind: str) -> None:
         _check_client(call.client, kind)
-        self._answer = _AnswerDecoder(call.max_event_bytes, call)
+        self._answer = _AnswerReader(call.max_event_bytes, call)
 
     @property
     def completion(self) -> ChatCompletion:
@@ -2060,9 +2081,9 @@ class ChatStream(
     stops; a loop that is left can be gone on with while the stream has a name.
     """
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Request) -> None:
         super().__init__(call, "Client")
-        self._chunks = _ask(call, self._answer)
+        self._chunks = _stream_answer(call, self._answer)
 
     def __next__(self) -> ChatCompletionChunk:
         for chunk in self._chunks:
@@ -2073,7 +2094,7 @@ class ChatStream(
 
     def text(self) -> Iterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        join = _joiner()
+        join = _surrogate_joiner()
         for chunk in self:
             if text := join(chunk.text):
                 yield text
@@ -2091,7 +2112,7 @@ class ChatStream(
             self._chunks.close()
         except ValueError:  # another thread is in it, and closes it
             if self.response is not None:
-                _wake(self.response)
+                _interrupt_read(self.response)
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -2104,9 +2125,9 @@ class AsyncChatStream(
 ):
     """Async twin of `ChatStream`, under asyncio and trio."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Request) -> None:
         super().__init__(call, "AsyncClient")
-        self._chunks = _aask(call, self._answer)
+        self._chunks = _astream_answer(call, self._answer)
 
     async def __anext__(self) -> ChatCompletionChunk:
         async for chunk in self._chunks:
@@ -2117,7 +2138,7 @@ class AsyncChatStream(
 
     async def text(self) -> AsyncIterator[str]:
         """Iterate over the text of the first answer alone; it can always be encoded."""
-        join = _joiner()
+        join = _surrogate_joiner()
         async for chunk in self:
             if text := join(chunk.text):
                 yield text
@@ -2165,17 +2186,17 @@ def _method(call: Callable[P, T]) -> Callable[Concatenate[Any, P], T]:
 
     @functools.wraps(call, updated=())
     def method(self: Any, *messages: Any, **options: Any) -> Any:
-        return function(*messages, **self._with(options))
+        return function(*messages, **self._merged_with(options))
 
     @functools.wraps(call, updated=())
     async def amethod(self: Any, *messages: Any, **options: Any) -> Any:
-        return await function(*messages, **self._with(options))
+        return await function(*messages, **self._merged_with(options))
 
     made: Any = amethod if inspect.iscoroutinefunction(call) else method
-    return _signed(made, call, _OWNED)  # type: ignore[no-any-return]
+    return _signed(made, call, _CLIENT_OPTIONS)  # type: ignore[no-any-return]
 
 
-def _signed(function: Any, call: Any = _Call, without: Any = ("messages",)) -> Any:
+def _signed(function: Any, call: Any = _Request, without: Any = ("messages",)) -> Any:
     own = inspect.signature(function, follow_wrapped=False)
     first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     options = inspect.signature(call).parameters.values()
@@ -2184,10 +2205,10 @@ def _signed(function: Any, call: Any = _Call, without: Any = ("messages",)) -> A
     return function
 
 
-_OPTIONS = _options_of(_Call)  # type: ignore[arg-type] # as if messages had no name
+_OPTIONS = _options_of(_Request)  # type: ignore[arg-type] # as if messages had no name
 
 
-@_function(_Call)
+@_function(_Request)
 def stream_chat(messages: Messages, **options: Any) -> ChatStream:
     """Ask a model, and give its answer as it comes: iterate over what this returns.
 
@@ -2210,25 +2231,25 @@ def stream_chat(messages: Messages, **options: Any) -> ChatStream:
 
     Raises ValueError or TypeError for what cannot be asked; the stream raises APIError.
     """
-    return ChatStream(_Call(messages, **options))
+    return ChatStream(_Request(messages, **options))
 
 
-@_function(_Call)
+@_function(_Request)
 def astream_chat(messages: Messages, **options: Any) -> AsyncChatStream:
     """Async twin of `stream_chat`: `async for chunk in astream_chat("hi")`."""
-    return AsyncChatStream(_Call(messages, **options))
+    return AsyncChatStream(_Request(messages, **options))
 
 
-@_function(_Call)
+@_function(_Request)
 def generate(messages: Messages, **options: Any) -> ChatCompletion:
     """Ask as `stream_chat` does, for the answer in one piece. Raises APIError."""
-    return _whole(_Call(messages, **options).in_one_piece())
+    return _read_all(_Request(messages, **options).in_one_piece())
 
 
-@_function(_Call)
+@_function(_Request)
 async def agenerate(messages: Messages, **options: Any) -> ChatCompletion:
     """Async twin of `generate`."""
-    return await _awhole(_Call(messages, **options).in_one_piece())
+    return await _aread_all(_Request(messages, **options).in_one_piece())
 
 
 @_function(_OPTIONS)
@@ -2238,34 +2259,38 @@ def models(**options: Any) -> list[str]:
     Of the options of `stream_chat` those count that say where and how to ask; for all
     of it there are 30 seconds, or `first_token_timeout`.
     """
-    return _names(_whole(_Call("", **options).for_models()))
+    return _model_names(_read_all(_Request("", **options).for_models()))
 
 
 @_function(_OPTIONS)
 async def amodels(**options: Any) -> list[str]:
     """Async twin of `models`."""
-    return _names(await _awhole(_Call("", **options).for_models()))
+    return _model_names(await _aread_all(_Request("", **options).for_models()))
 
 
-def _whole(call: _Call) -> ChatCompletion:
+def _read_all(call: _Request) -> ChatCompletion:
     stream = ChatStream(call)
     for _ in stream:
         pass
     return stream.completion
 
 
-async def _awhole(call: _Call) -> ChatCompletion:
+async def _aread_all(call: _Request) -> ChatCompletion:
     stream = AsyncChatStream(call)
     async for _ in stream:
         pass
     return stream.completion
 
 
-def _names(listed: ChatCompletion) -> list[str]:
+def _model_names(listed: ChatCompletion) -> list[str]:
     return [m["id"] for m in _dicts(listed.raw["data"]) if _string(m.get("id"))]
 
 
-_OWNED = ("base_url", "api_key", "client")  # by a ChatClient: its calls have none
+_CLIENT_OPTIONS = (
+    "base_url",
+    "api_key",
+    "client",
+)  # by a ChatClient: its calls have none
 _generate, _models = generate, models  # in the class these names are the methods'
 
 
@@ -2276,15 +2301,15 @@ class _Client:
 
     @_constructor(_OPTIONS)
     def __init__(self, **options: Any) -> None:
-        call = _Call("", **options)
+        call = _Request("", **options)
         _check_client(call.client, self._kind)
         self._own = None if call.client else _client(call, self._kind)
         owned = {"base_url": call.base_url, "api_key": call.api_key}
         self._options: Json = options | owned | {"client": call.client or self._own}
 
-    def _with(self, options: Json) -> Json:
+    def _merged_with(self, options: Json) -> Json:
         """Return the options of a call: its own before the client's."""
-        for name in options.keys() & set(_OWNED):
+        for name in options.keys() & set(_CLIENT_OPTIONS):
             raise TypeError(f"{name} is the client's, and not of a call: make another")
         ours, theirs = self._options.get("headers"), options.get("headers")
         headers = {**(ours or {}), **(theirs or {})}
@@ -2404,7 +2429,7 @@ def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[
 
 def _demo_completion(asked: Json) -> Json | list[Json]:
     """Return the answer to a request, in one piece or as chunks."""
-    prompt = _said(asked["messages"][-1])["content"] or ""
+    prompt = _normalise_message(asked["messages"][-1])["content"] or ""
     called = asked.get("tool_choice") == "required"
     deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
     finish = "tool_calls" if called else "stop"
@@ -2501,9 +2526,9 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stdout is not None:  # what it did not take is written again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # Who reads us may have left: so do we, without a word.
-        return 141 if isinstance(error, BrokenPipeError) else _complain(error)
+        return 141 if isinstance(error, BrokenPipeError) else _print_error(error)
     except (APIError, ValueError, TypeError, ModuleNotFoundError) as error:
-        return _complain(error)
+        return _print_error(error)
 
 
 def _prepare_streams() -> None:
@@ -2517,19 +2542,19 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _complain(error: Exception) -> int:
+def _print_error(error: Exception) -> int:
     """Tell what was said, and in a second line what to do; return the exit code."""
     said = getattr(error, "message", str(error))
     advice = " ".join(str(error).replace(said, "", 1).split()).strip(" :;")
     if type(error) is APIConnectionError:
         advice = f"{advice}; --demo needs no server"
-    _tell(f"{said}\n{advice.replace('base_url', '--base-url')}".strip())
+    _print_note(f"{said}\n{advice.replace('base_url', '--base-url')}".strip())
     if isinstance(error, TruncatedStreamError):
         return 3
     return 1 if isinstance(error, (APIError, OSError)) else 2
 
 
-def _tell(text: str) -> None:
+def _print_note(text: str) -> None:
     """Print words of ours about the answer, or in its place, on standard error."""
     print(f"sse_chat: {_printable(text)}", file=sys.stderr)
 
@@ -2608,7 +2633,7 @@ class _Terminal:
             with suppress(APIStatusError):  # no list: perhaps it needs no name
                 self.model = next(iter(self.client.models()), None)
             if self.model and sys.stderr.isatty():
-                _tell(f"asking {self.model}")
+                _print_note(f"asking {self.model}")
         call = self.request(prompt)
         if self.args.dry_run:
             return self.dry_run(call)
@@ -2628,31 +2653,35 @@ class _Terminal:
             raise ValueError("no prompt, neither as words nor on standard input")
         return text
 
-    def request(self, prompt: str) -> _Call:
+    def request(self, prompt: str) -> _Request:
         options: Json = {"model": self.model}
         if self.args.usage and not self.args.no_stream:
             options["stream_options"] = {"include_usage": True}
         options |= dict(map(_option, self.args.option))
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        call = _Call(messages, **self.client._with(options))
+        call = _Request(messages, **self.client._merged_with(options))
         return call.in_one_piece() if self.args.no_stream else call
 
-    def dry_run(self, call: _Call) -> int:
+    def dry_run(self, call: _Request) -> int:
         """Show the request, and a curl command that sends it, without secrets."""
         from shlex import quote
 
         if "authorization" in call.headers:  # variables of the shell, for curl
             secret = "Basic $LOGIN_BASE64" if call.login else "Bearer $OPENAI_API_KEY"
             call.headers["authorization"] = secret
-        shown = {"url": _shown(call.url), "headers": call.headers, "body": call.body}
+        shown = {
+            "url": _public_url(call.url),
+            "headers": call.headers,
+            "body": call.body,
+        }
         curl = [f'-H "{name}: {value}"' for name, value in call.headers.items()]
-        curl += ["-d", quote(json.dumps(call.body)), quote(_shown(call.url))]
+        curl += ["-d", quote(json.dumps(call.body)), quote(_public_url(call.url))]
         query = '"?$QUERY"' if "?" in call.url else ""
         self.show(json.dumps(shown, indent=2, ensure_ascii=False))
         self.show(f"\n\ncurl -N {' '.join(curl)}{query}\n")
         return 0
 
-    def answer(self, call: _Call) -> int:
+    def answer(self, call: _Request) -> int:
         """Ask, show the answer as it comes, and keep it; return the exit code."""
         said, times = "", [time.monotonic()]
         if sys.stderr.isatty():
@@ -2673,16 +2702,16 @@ class _Terminal:
         if self.args.usage:
             times.append(time.monotonic())
             name = stream.completion.model or self.model
-            _tell(f"{name}: {_spent(stream.completion.usage, times)}")
+            _print_note(f"{name}: {_usage_line(stream.completion.usage, times)}")
         for choice in stream.completion.choices:
             if limit := _NOT_WHOLE.get(choice.finish_reason or ""):
-                _tell(f"the answer is not whole: it stopped at {limit}")
+                _print_note(f"the answer is not whole: it stopped at {limit}")
                 return 3
         return 0
 
     def texts(self, stream: ChatStream, times: list[float]) -> Iterator[str]:
         """Give the answer's text piece by piece, and show what else comes."""
-        join = _joiner()
+        join = _surrogate_joiner()
         with suppress(APIError):  # what was held back of the text comes before it
             for chunk in stream:
                 if chunk.text or chunk.reasoning:
@@ -2690,7 +2719,7 @@ class _Terminal:
                 if self.args.json:
                     self.show(json.dumps(chunk.raw) + "\n")
                 else:
-                    self.show(_encodable(chunk.reasoning), thinking=True)
+                    self.show(_repair_surrogates(chunk.reasoning), thinking=True)
                 refusals = (c.delta.refusal for c in chunk.choices if c.index == 0)
                 yield join(chunk.text + "".join(filter(None, refusals)))
         yield join("", final=True)
@@ -2736,7 +2765,7 @@ class _Terminal:
             except KeyboardInterrupt:
                 self.show("\n/bye or Ctrl-D to leave\n")
             except (APIError, ValueError, TypeError) as error:
-                _complain(error)
+                _print_error(error)
 
     def command(self, name: str, value: str) -> str:
         """Obey; return what to say then. Raises ValueError if it cannot be done."""
@@ -2779,12 +2808,14 @@ class _Terminal:
             messages = json.load(file)
         if _dicts(messages) != messages or not all(m.get("role") for m in messages):
             raise ValueError(f"{name!r} holds no list of messages")
-        _Call(messages, **self.client._with({}))  # raises where they cannot be sent
+        _Request(
+            messages, **self.client._merged_with({})
+        )  # raises where they cannot be sent
         self.messages = messages
         return f"loaded {len(messages)} messages from {name}"
 
 
-def _spent(usage: CompletionUsage | None, times: list[float]) -> str:
+def _usage_line(usage: CompletionUsage | None, times: list[float]) -> str:
     """Tell tokens and times, as far as they are known and mean something."""
     start, first, last, end = (times[at] for at in (0, 1, -2, -1))
     told = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
