@@ -170,6 +170,8 @@ class ServerSentEvent:
 
 
 _BOM = b"\xef\xbb\xbf"
+
+
 _CR, _LF, _COLON = b"\r\n:"  # numbers, which `in` finds seven times as fast as bytes
 
 
@@ -335,6 +337,16 @@ async def aiter_lines(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
             yield line
 
 
+def _events_before_error(
+    decoder: SSEDecoder, chunk: bytes
+) -> Iterator[ServerSentEvent]:
+    try:
+        yield from decoder.feed(chunk)
+    except SSEError as error:
+        yield from error.events
+        raise
+
+
 def iter_sse(
     chunks: Iterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> Iterator[ServerSentEvent]:
@@ -352,16 +364,6 @@ async def aiter_sse(
     async for chunk in chunks:
         for event in _events_before_error(decoder, chunk):
             yield event
-
-
-def _events_before_error(
-    decoder: SSEDecoder, chunk: bytes
-) -> Iterator[ServerSentEvent]:
-    try:
-        yield from decoder.feed(chunk)
-    except SSEError as error:
-        yield from error.events
-        raise
 
 
 class EventSource:
@@ -403,6 +405,13 @@ class EventSource:
             raise SSEError(f"the response is no text/event-stream, but {got!r}")
 
 
+def _for_events(client: Client | AsyncClient, kwargs: Json) -> Json:
+    headers = type(client.headers)(kwargs.get("headers"))
+    headers["accept"] = "text/event-stream"
+    headers["cache-control"] = "no-store"
+    return kwargs | {"headers": headers}
+
+
 @contextmanager
 def connect_sse(
     client: Client,
@@ -431,14 +440,91 @@ async def aconnect_sse(
         yield EventSource(response, max_event_bytes)
 
 
-def _for_events(client: Client | AsyncClient, kwargs: Json) -> Json:
-    headers = type(client.headers)(kwargs.get("headers"))
-    headers["accept"] = "text/event-stream"
-    headers["cache-control"] = "no-store"
-    return kwargs | {"headers": headers}
-
-
 # ---- Chat types: openai's names, fields and repr, as plain dataclasses ---------------
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.to_dict() if isinstance(value, _Model) else value
+
+
+def _dicts(sent: Any) -> list[Json]:
+    items = sent if isinstance(sent, list) else []
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _string(sent: Any) -> str | None:
+    return sent if type(sent) is str else None
+
+
+def _converter(hint: Any) -> Callable[[Any], Any]:
+    """Return what makes a value of this type, and None of what is no such value."""
+    if hint in (int, float):
+        return lambda sent: sent  # a usage that is no number is better than a wrong 0
+    args = typing.get_args(hint)
+    if type(None) in args:  # X | None
+        hint, args = args[0], typing.get_args(args[0])
+    kind = typing.get_origin(hint) or hint
+    model: Any = args[0] if kind is list else hint
+    if not hasattr(model, "from_dict"):
+        return lambda sent: sent if type(sent) is kind else None
+    # Of calls, one more than are allowed is enough to be refused.
+    most = MAX_CHOICES + 1 if model is ChoiceDeltaToolCall else None
+    if kind is list:
+        return lambda sent: list(map(model.from_dict, _dicts(sent)[:most]))
+    return lambda sent: model.from_dict(sent) if type(sent) is dict else None
+
+
+@functools.cache
+def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
+    """Return what makes the value of each field of what was sent for it."""
+    hints = typing.get_type_hints(model)
+    builders = {k: _converter(hints[k]) for k in hints.keys() - {"extra", "raw"}}
+    if "arguments" in hints:  # llama.cpp has sent an object
+        builders["arguments"] = lambda d: d if type(d) is str else json.dumps(d)
+    return builders
+
+
+def _normalise_message(d: Json) -> Json:
+    """Return a message or delta with its text and its reasoning in one place each.
+
+    Reasoning is `reasoning_content` with most servers, `reasoning` with Ollama, vLLM
+    and OpenRouter, and with Mistral one of the typed parts that content is a list of.
+    """
+    sent, reasoning = d.get("content"), d.get("reasoning_content") or d.get("reasoning")
+    if sent is not None and type(sent) is not str:
+        parts = sent if isinstance(sent, list) else [sent]
+        parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+        texts: list[Any] = [part.get("text") for part in parts]
+        thoughts: list[Any] = [reasoning]
+        for thinking in [part.get("thinking") for part in parts]:
+            thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
+        sent = "".join(filter(_string, texts))
+        reasoning = "".join(filter(_string, thoughts))
+    elif "reasoning" not in d and "reasoning_content" not in d:
+        return d
+    rest = {name: value for name, value in d.items() if name != "reasoning"}
+    return rest | {"content": sent, "reasoning_content": reasoning or None}
+
+
+def _repair_surrogates(text: Any) -> Any:
+    """Return a text with the halves of surrogate pairs joined, a lone one as U+FFFD.
+
+    Servers that cut between bytes send an emoji as `"\\ud83d"` and then `"\\ude42"`,
+    which no encoding takes.
+    """
+    if not isinstance(text, str) or text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _surrogate_joiner() -> Callable[..., str]:
+    """Return what does so for texts that come one by one: it holds back half a pair."""
+    decode = codecs.getincrementaldecoder("utf-16-le")("replace").decode
+    return lambda text, final=False: decode(
+        text.encode("utf-16-le", "surrogatepass"), final
+    )
 
 
 class _Model:
@@ -482,90 +568,6 @@ class _Model:
         ]
         pairs = [f"{name}={value!r}" for name, value in shown if name != "raw"]
         return f"{type(self).__name__}({', '.join(pairs)})"
-
-
-@functools.cache
-def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
-    """Return what makes the value of each field of what was sent for it."""
-    hints = typing.get_type_hints(model)
-    builders = {k: _converter(hints[k]) for k in hints.keys() - {"extra", "raw"}}
-    if "arguments" in hints:  # llama.cpp has sent an object
-        builders["arguments"] = lambda d: d if type(d) is str else json.dumps(d)
-    return builders
-
-
-def _converter(hint: Any) -> Callable[[Any], Any]:
-    """Return what makes a value of this type, and None of what is no such value."""
-    if hint in (int, float):
-        return lambda sent: sent  # a usage that is no number is better than a wrong 0
-    args = typing.get_args(hint)
-    if type(None) in args:  # X | None
-        hint, args = args[0], typing.get_args(args[0])
-    kind = typing.get_origin(hint) or hint
-    model: Any = args[0] if kind is list else hint
-    if not hasattr(model, "from_dict"):
-        return lambda sent: sent if type(sent) is kind else None
-    # Of calls, one more than are allowed is enough to be refused.
-    most = MAX_CHOICES + 1 if model is ChoiceDeltaToolCall else None
-    if kind is list:
-        return lambda sent: list(map(model.from_dict, _dicts(sent)[:most]))
-    return lambda sent: model.from_dict(sent) if type(sent) is dict else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.to_dict() if isinstance(value, _Model) else value
-
-
-def _dicts(sent: Any) -> list[Json]:
-    items = sent if isinstance(sent, list) else []
-    return [item for item in items if isinstance(item, dict)]
-
-
-def _string(sent: Any) -> str | None:
-    return sent if type(sent) is str else None
-
-
-def _repair_surrogates(text: Any) -> Any:
-    """Return a text with the halves of surrogate pairs joined, a lone one as U+FFFD.
-
-    Servers that cut between bytes send an emoji as `"\\ud83d"` and then `"\\ude42"`,
-    which no encoding takes.
-    """
-    if not isinstance(text, str) or text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _surrogate_joiner() -> Callable[..., str]:
-    """Return what does so for texts that come one by one: it holds back half a pair."""
-    decode = codecs.getincrementaldecoder("utf-16-le")("replace").decode
-    return lambda text, final=False: decode(
-        text.encode("utf-16-le", "surrogatepass"), final
-    )
-
-
-def _normalise_message(d: Json) -> Json:
-    """Return a message or delta with its text and its reasoning in one place each.
-
-    Reasoning is `reasoning_content` with most servers, `reasoning` with Ollama, vLLM
-    and OpenRouter, and with Mistral one of the typed parts that content is a list of.
-    """
-    sent, reasoning = d.get("content"), d.get("reasoning_content") or d.get("reasoning")
-    if sent is not None and type(sent) is not str:
-        parts = sent if isinstance(sent, list) else [sent]
-        parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
-        texts: list[Any] = [part.get("text") for part in parts]
-        thoughts: list[Any] = [reasoning]
-        for thinking in [part.get("thinking") for part in parts]:
-            thoughts += [t.get("text") for t in _dicts(thinking)] or [thinking]
-        sent = "".join(filter(_string, texts))
-        reasoning = "".join(filter(_string, thoughts))
-    elif "reasoning" not in d and "reasoning_content" not in d:
-        return d
-    rest = {name: value for name, value in d.items() if name != "reasoning"}
-    return rest | {"content": sent, "reasoning_content": reasoning or None}
 
 
 @dataclass(repr=False)
@@ -802,7 +804,7 @@ class ChatCompletion(_CompletionBase):
     object: str = "chat.completion"
 
 
-# ---- Errors: openai's names, one tree ------------------------------------------------
+# ---- Errors: openai's names, one tree; and the shapes in which servers report them ---
 
 
 class APIError(Exception):
@@ -865,14 +867,173 @@ class APIResponseValidationError(APIError):
     """What came is no answer: no event stream, no JSON, no choice, or over a limit."""
 
 
+_EXCERPT = 200  # characters of a body that a message shows
+
+
+def _find_error(payload: Any, told: bool = False) -> Json | None:
+    """Return the error in what a server sent; what is `told` to be one always is."""
+    if isinstance(payload, list) and len(payload) == 1:  # Gemini
+        payload = payload[0]
+    if not isinstance(payload, dict):
+        return {"message": payload} if told else None
+    error = payload.get("error")
+    if error:
+        return error if isinstance(error, dict) else {"message": error}
+    fastapi = payload.get("detail") and "choices" not in payload
+    return payload if told or fastapi or payload.get("object") == "error" else None
+
+
+def _error_text(error: Any, depth: int = 4) -> str:
+    """Return what an error says, in whatever it is wrapped."""
+    if isinstance(error, dict) and depth:
+        for name in ("message", "msg", "detail", "details", "error"):
+            if error.get(name):
+                return _error_text(error[name], depth - 1)
+    if isinstance(error, list) and depth:
+        return "; ".join(_error_text(item, depth - 1) for item in error[:10])
+    text = error if isinstance(error, str) else json.dumps(error)
+    text = " ".join(text.split())
+    return text if len(text) <= 5 * _EXCERPT else text[: 5 * _EXCERPT] + " …"
+
+
+def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, list):
+        return [_redacted(item, redact) for item in value]
+    if isinstance(value, dict):
+        return {redact(name): _redacted(item, redact) for name, item in value.items()}
+    return value
+
+
+def _server_error_fields(text: str, redact: Callable[[str], str]) -> tuple[Any, ...]:
+    """Return what a server said about an error, as APIError takes it."""
+    error: Json = {}
+    try:
+        body = _redacted(json.loads(text), redact)
+        error = _find_error(body, told=True) or {}
+        said = _error_text(error)
+    except (ValueError, RecursionError):
+        body = redact(text)
+        said = _error_text(body)
+    code, kind, param = map(error.get, ("code", "type", "param"))
+    code = code if isinstance(code, (int, str)) else None
+    message = _repair_surrogates(said) or "(no message)"
+    return message, body, code, _string(kind), _string(param)
+
+
 # ---- Accumulating: chunks to a whole answer ------------------------------------------
 
 # What servers call the end of a choice that failed (vLLM, DeepSeek, OpenRouter, …).
 _FAILURE_REASON = re.compile(
     "(?i)error|abort(ed)?|cancell?ed|failed|network_error|insufficient_system_resource"
 )
+
+
 # What has a field, and padding. Of all else in a chunk the latest is kept.
 _CHUNK_FIELDS = vars(ChatCompletionChunk()).keys() | {"obfuscation"}
+
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a pair's halves may come apart
+
+
+def _add_function(into: Json, name: str, piece: ChoiceDeltaToolCallFunction) -> None:
+    function = into.setdefault(name, {"arguments": bytearray(), "name": ""})
+    function["name"] = function["name"] or piece.name or ""
+    function["arguments"] += _to_bytes(piece.arguments or "")
+
+
+def _clean_copy(value: Any, depth: int = 0) -> Any:
+    """Return a copy that can be encoded. Raises ValueError if `value` is too deep."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        return {name: _clean_copy(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_clean_copy(item, depth + 1) for item in value]
+    if isinstance(value, bytearray):
+        value = value.decode("utf-8", "surrogatepass")
+    return _repair_surrogates(value)
+
+
+def _merge(into: Json, more: Json, depth: int = 1) -> None:
+    """Add a copy of `more`: lists grow, dicts merge, of the rest the latest stays."""
+    for name, value in more.items():
+        old = into.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value, depth + 1)
+        elif isinstance(value, list) and isinstance(old, list):
+            old.extend(_clean_copy(value, depth))
+        elif value is not None:
+            into[name] = _clean_copy(value, depth)
+
+
+class _ChoiceBuilder:
+    """One choice while its deltas come: JSON, with bytearrays for texts that grow.
+
+    They hold UTF-8: a list of their pieces takes ten times the memory (StringIO is one
+    before Python 3.12), adding strings the square of the time.
+    """
+
+    def __init__(self) -> None:
+        self.finish_reason: str | None = None
+        self.logprobs: Json = {}
+        self.message: Json = defaultdict(bytearray)
+        self.calls: list[tuple[int, Json]] = []  # with the index of each
+        self.latest: dict[int | str, Json] = {}  # of each index, of each id
+
+    def add(self, delta: ChoiceDelta) -> None:
+        if (content := delta.content) is not None:  # in most; a call takes longer
+            self.message["content"] += content.encode("utf-8", "surrogatepass")
+        if delta.role and "role" not in self.message:
+            self.message["role"] = _clean_copy(delta.role, 1)
+        if delta.tool_calls is not None:
+            if len(delta.tool_calls) > MAX_CHOICES:
+                raise ValueError(f"more than {MAX_CHOICES} tool calls")
+            for place, piece in enumerate(delta.tool_calls):
+                self.add_call(piece, place)
+        if delta.reasoning_content is not None:
+            self.message["reasoning_content"] += _to_bytes(delta.reasoning_content)
+        if delta.refusal is not None:
+            self.message["refusal"] += _to_bytes(delta.refusal)
+        if delta.function_call is not None:
+            function = ChoiceDeltaToolCallFunction.from_dict(delta.function_call)
+            _add_function(self.message, "function_call", function)
+        if delta.extra is not None:
+            _merge(self.message, delta.extra)
+
+    def add_call(self, piece: ChoiceDeltaToolCall, place: int) -> None:
+        """Add to the call that a piece goes on with, or open one.
+
+        It has its index; else its id; else that of its place in the list. Another id
+        at an index is another call: some servers give each the index 0.
+        """
+        place = place if piece.index is None else piece.index
+        call = self.latest.get(piece.id if piece.id and piece.index is None else place)
+        if call is None or (piece.id and call["id"] and piece.id != call["id"]):
+            if not 0 <= place < MAX_CHOICES or len(self.calls) == MAX_CHOICES:
+                raise ValueError(f"a tool call beyond the {MAX_CHOICES}th")
+            call = {"id": "", "type": "function"}
+            self.calls.append((place, call))
+        self.latest[place] = call
+        if piece.id:
+            self.latest[piece.id] = call
+            call["id"] = call["id"] or piece.id
+        call["type"] = piece.type or call["type"]
+        if piece.function is not None:
+            _add_function(call, "function", piece.function)
+        if piece.extra is not None:
+            _merge(call, piece.extra)
+
+    def to_dict(self) -> Json:
+        message = {"role": "assistant", "content": None} | _clean_copy(self.message)
+        if self.calls:
+            calls = sorted(self.calls, key=lambda call: call[0])
+            message["tool_calls"] = [_clean_copy(call) for _, call in calls]
+        logprobs = _clean_copy(self.logprobs) or None
+        ending = {"finish_reason": self.finish_reason, "logprobs": logprobs}
+        return ending | {"message": message}
 
 
 class ChatAccumulator:
@@ -945,108 +1106,6 @@ def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
     return accumulator.completion
 
 
-class _ChoiceBuilder:
-    """One choice while its deltas come: JSON, with bytearrays for texts that grow.
-
-    They hold UTF-8: a list of their pieces takes ten times the memory (StringIO is one
-    before Python 3.12), adding strings the square of the time.
-    """
-
-    def __init__(self) -> None:
-        self.finish_reason: str | None = None
-        self.logprobs: Json = {}
-        self.message: Json = defaultdict(bytearray)
-        self.calls: list[tuple[int, Json]] = []  # with the index of each
-        self.latest: dict[int | str, Json] = {}  # of each index, of each id
-
-    def add(self, delta: ChoiceDelta) -> None:
-        if (content := delta.content) is not None:  # in most; a call takes longer
-            self.message["content"] += content.encode("utf-8", "surrogatepass")
-        if delta.role and "role" not in self.message:
-            self.message["role"] = _clean_copy(delta.role, 1)
-        if delta.tool_calls is not None:
-            if len(delta.tool_calls) > MAX_CHOICES:
-                raise ValueError(f"more than {MAX_CHOICES} tool calls")
-            for place, piece in enumerate(delta.tool_calls):
-                self.add_call(piece, place)
-        if delta.reasoning_content is not None:
-            self.message["reasoning_content"] += _to_bytes(delta.reasoning_content)
-        if delta.refusal is not None:
-            self.message["refusal"] += _to_bytes(delta.refusal)
-        if delta.function_call is not None:
-            function = ChoiceDeltaToolCallFunction.from_dict(delta.function_call)
-            _add_function(self.message, "function_call", function)
-        if delta.extra is not None:
-            _merge(self.message, delta.extra)
-
-    def add_call(self, piece: ChoiceDeltaToolCall, place: int) -> None:
-        """Add to the call that a piece goes on with, or open one.
-
-        It has its index; else its id; else that of its place in the list. Another id
-        at an index is another call: some servers give each the index 0.
-        """
-        place = place if piece.index is None else piece.index
-        call = self.latest.get(piece.id if piece.id and piece.index is None else place)
-        if call is None or (piece.id and call["id"] and piece.id != call["id"]):
-            if not 0 <= place < MAX_CHOICES or len(self.calls) == MAX_CHOICES:
-                raise ValueError(f"a tool call beyond the {MAX_CHOICES}th")
-            call = {"id": "", "type": "function"}
-            self.calls.append((place, call))
-        self.latest[place] = call
-        if piece.id:
-            self.latest[piece.id] = call
-            call["id"] = call["id"] or piece.id
-        call["type"] = piece.type or call["type"]
-        if piece.function is not None:
-            _add_function(call, "function", piece.function)
-        if piece.extra is not None:
-            _merge(call, piece.extra)
-
-    def to_dict(self) -> Json:
-        message = {"role": "assistant", "content": None} | _clean_copy(self.message)
-        if self.calls:
-            calls = sorted(self.calls, key=lambda call: call[0])
-            message["tool_calls"] = [_clean_copy(call) for _, call in calls]
-        logprobs = _clean_copy(self.logprobs) or None
-        ending = {"finish_reason": self.finish_reason, "logprobs": logprobs}
-        return ending | {"message": message}
-
-
-def _add_function(into: Json, name: str, piece: ChoiceDeltaToolCallFunction) -> None:
-    function = into.setdefault(name, {"arguments": bytearray(), "name": ""})
-    function["name"] = function["name"] or piece.name or ""
-    function["arguments"] += _to_bytes(piece.arguments or "")
-
-
-def _to_bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # a pair's halves may come apart
-
-
-def _clean_copy(value: Any, depth: int = 0) -> Any:
-    """Return a copy that can be encoded. Raises ValueError if `value` is too deep."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
-    if isinstance(value, dict):
-        return {name: _clean_copy(item, depth + 1) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_clean_copy(item, depth + 1) for item in value]
-    if isinstance(value, bytearray):
-        value = value.decode("utf-8", "surrogatepass")
-    return _repair_surrogates(value)
-
-
-def _merge(into: Json, more: Json, depth: int = 1) -> None:
-    """Add a copy of `more`: lists grow, dicts merge, of the rest the latest stays."""
-    for name, value in more.items():
-        old = into.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            _merge(old, value, depth + 1)
-        elif isinstance(value, list) and isinstance(old, list):
-            old.extend(_clean_copy(value, depth))
-        elif value is not None:
-            into[name] = _clean_copy(value, depth)
-
-
 def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
     """Split off the `<think>…</think>` that a stream of strings begins with.
 
@@ -1083,39 +1142,370 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
         yield True, held
 
 
-# ---- How an answer ends: bytes to chunks, and the verdict ----------------------------
+# ---- The request, and what is decided before an answer begins, without I/O -----------
+
+Messages = str | Sequence[Mapping[str, Any] | ChatCompletionMessage]
 
 
-def iter_chunks(
-    chunks: Iterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
-) -> Iterator[ChatCompletionChunk]:
-    """Give the chunks of an answer's body, for other HTTP libraries, files and tests.
+DEFAULT_BASE_URL = "http://localhost:11434/v1"  # Ollama
 
-    Raises as `ChatStream` does where the body is no whole answer. An OSError that the
-    iterable raises is how the body ended.
+
+DEFAULT_TIMEOUT = 600.0  # seconds between two reads: a big model loads for minutes
+
+
+CONNECT_TIMEOUT = 5.0  # seconds
+
+
+MODELS_TIMEOUT = 30.0  # seconds, for all of the list of models
+
+
+MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
+
+
+_LONGEST_SECONDS = (
+    1e6  # seconds; sockets and threads take some thousand times that, no more
+)
+
+
+_DRAIN_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
+
+
+_ERROR_BODY_SECONDS = 5.0  # for its message
+
+
+_DRAIN_SECONDS = 0.5  # for its end, without which the connection cannot be used again
+
+
+_PIECE = 64 * 1024  # bytes that are unpacked at once
+
+
+# Keywords of openai's SDK that are not fields of a request, and what to write for them.
+_OPENAI_KEYWORDS = {
+    "stream": "call stream_chat() or generate()",
+    "extra_headers": "write headers=…",
+    "default_headers": "write headers=…",
+    "organization": 'write headers={"OpenAI-Organization": …}',
+    "extra_body": "write its fields as keywords",
+    "extra_query": "write it into base_url, after a ?",
+    "http_client": "write client=…",
+}
+
+
+_PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
+
+
+_BROKEN = "the connection broke before an answer"
+
+
+_SECRET = re.compile("auth|cookie|key|password|secret|token", re.IGNORECASE)
+
+
+_FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
+
+
+def _is_timeout(cause: BaseException | None) -> bool:
+    return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
+
+
+def _reason(cause: BaseException) -> str:
+    """Return what an exception says, or the one behind it: trio's have no words."""
+    told: BaseException | None = cause
+    while told is not None and not str(told):
+        told = told.__cause__ or told.__context__
+    return str(told or type(cause).__name__)
+
+
+def _unpacker(response: Response) -> Any:
+    """Return what unpacks a body, if it says that it is packed as we know it."""
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    packed = encoding in ("gzip", "x-gzip", "deflate")
+    return zlib.decompressobj(zlib.MAX_WBITS | 32) if packed else None
+
+
+def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds that `Retry-After` asks for, as a number or as a date."""
+    text = headers.get("retry-after", "")
+    with suppress(ValueError):
+        seconds = float(text)
+        return seconds if 0 <= seconds < math.inf else None
+    with suppress(ValueError, TypeError, OverflowError):
+        from email.utils import parsedate_to_datetime
+
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+    return None
+
+
+def _endpoint(text: str) -> tuple[str, str]:
+    """Return the URL to ask for a base URL, and its user:password. Raises ValueError.
+
+    The login does not stay in the URL, since httpx logs that. A bare host gets the path
+    /v1 that nearly every server has.
     """
-    answer = _AnswerReader(max_event_bytes)
-    reads = iter(chunks)
-    while not answer.is_finished:
-        yield from answer.feed(_next_bytes(reads, answer))
+    from urllib.parse import unquote, urlsplit
+
+    if "://" not in text:  # a key must not go unencrypted to a host on the internet
+        host = re.split("[/?#]", text)[0].rpartition("@")[2].partition(":")[0]
+        local = "." not in host or host.replace(".", "").isdigit()
+        text = ("http://" if local else "https://") + text
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https")
+        if not (known and parts.hostname) or parts.port == 0:
+            raise ValueError
+    except ValueError:  # its words may hold a piece of a password
+        example = "http://localhost:11434/v1"
+        raise ValueError(f"base_url is no URL; one looks like {example}") from None
+    login, at, host = parts.netloc.rpartition("@")
+    login += ":" if at and ":" not in login else ""
+    path = parts.path.rstrip("/") or "/v1"
+    path = path.removesuffix("/chat/completions") + "/chat/completions"
+    url = parts._replace(netloc=host, path=path, fragment="").geturl()
+    return url, unquote(login)
 
 
-async def aiter_chunks(
-    chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
-) -> AsyncIterator[ChatCompletionChunk]:
-    """Async twin of `iter_chunks`."""
-    answer = _AnswerReader(max_event_bytes)
-    reads = aiter(chunks)
-    while not answer.is_finished:
-        for chunk in answer.feed(await _anext_bytes(reads, answer)):
-            yield chunk
+def _public_url(url: str) -> str:
+    """Return a URL without what may be secret in it: its login and its query."""
+    return re.sub(r"//[^/?#]*@", "//", url.partition("?")[0])
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """Return what httpx, httpx2 (as far as they are loaded) and sockets raise."""
-    loaded = filter(None, map(sys.modules.get, ("httpx", "httpx2")))
-    kinds = ("HTTPError", "StreamError", "InvalidURL")
-    return (OSError, *(getattr(module, kind) for module in loaded for kind in kinds))
+def _headers(api_key: str, login: str, more: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of a request. Raises ValueError for what cannot be one."""
+    made = {
+        "accept": "text/event-stream",
+        "accept-encoding": "identity",  # what is unpacked as it comes saves no time
+        "content-type": "application/json",
+        "user-agent": f"sse_chat/{__version__}",
+    }
+    if login:
+        made["authorization"] = f"Basic {b64encode(login.encode()).decode()}"
+    elif api_key:
+        made["authorization"] = f"Bearer {api_key}"
+    for name, value in more.items():
+        if not isinstance(value, str):
+            raise TypeError(f"the header {name!r} is no str")
+        made[name.strip().lower()] = value.strip()
+    for name, value in made.items():
+        shown = "the API key" if name == "authorization" else f"the header {name!r}"
+        if not re.fullmatch("[!-9;-~]+", name) or not re.fullmatch("[ -~\t]*", value):
+            raise ValueError(f"{shown} holds a control or non-ASCII character")
+    return made
+
+
+def _secrets(headers: Mapping[str, str], url: str, login: str) -> list[str]:
+    """Return what is secret in a request, the longest first.
+
+    What has less than 8 characters is none: to replace it would garble what is said.
+    """
+    from urllib.parse import parse_qsl, urlsplit
+
+    user, _, password = login.partition(":")
+    query = urlsplit(url).query
+    found = [query, *(value for _, value in parse_qsl(query)), password or user]
+    for name, value in headers.items():
+        if _SECRET.search(name):
+            found += [value, *re.split(r"[\s;,=]+", value)]
+    return sorted({s for s in found if len(s) >= 8}, key=len, reverse=True)
+
+
+def _seconds(name: str, value: float | None) -> float | None:
+    """Return a limit that sockets and threads take. Raises ValueError, TypeError."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number of seconds, or None for no limit")
+    if not value > 0:
+        raise ValueError(f"{name} must be over 0 seconds, or None for no limit")
+    return float(min(value, _LONGEST_SECONDS))
+
+
+def _timeouts(timeout: Any) -> tuple[float | None, ...]:
+    """Return the seconds to connect, read, write and wait for the pool."""
+    if hasattr(timeout, "as_dict"):  # an httpx.Timeout, or httpx2's
+        return tuple(_seconds("timeout", each) for each in timeout.as_dict().values())
+    seconds = _seconds("timeout", timeout)
+    connect = None if seconds is None else min(seconds, CONNECT_TIMEOUT)
+    return connect, seconds, seconds, seconds
+
+
+def _messages(messages: Messages, system: str | None) -> list[Any]:
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError("messages is a str or a list of message dicts")
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *messages]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, _Model):  # a message of an earlier answer
+        return value.to_dict()
+    raise TypeError(f"{type(value).__name__} cannot go into a request")
+
+
+class _Request:
+    """One call: what it asks for, checked; and what becomes of attempts that fail."""
+
+    def __init__(
+        self,
+        messages: Messages,
+        *,
+        model: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        system: str | None = None,
+        timeout: float | Timeout | None = DEFAULT_TIMEOUT,
+        first_token_timeout: float | None = None,
+        max_retries: int = 2,
+        max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
+        headers: Mapping[str, str] | None = None,
+        client: Any = None,
+        **params: Any,
+    ) -> None:
+        for name in params.keys() & _OPENAI_KEYWORDS.keys():
+            raise TypeError(f"no parameter {name}: {_OPENAI_KEYWORDS[name]}")
+        if api_key is None:  # a client that has its own does not want the environment's
+            own = "authorization" in getattr(client, "headers", {})
+            api_key = "" if own else os.environ.get("OPENAI_API_KEY", "")
+        self.api_key = api_key.strip()
+        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
+        self.url, self.login = _endpoint(self.base_url or DEFAULT_BASE_URL)
+        self.headers = _headers(self.api_key, self.login, headers or {})
+        self.timeout = _timeouts(timeout)
+        self.first_token_timeout = _seconds("first_token_timeout", first_token_timeout)
+        self.max_retries = max_retries
+        self.max_event_bytes = max_event_bytes
+        self.client = client
+        model = model or os.environ.get("OPENAI_MODEL", "").strip() or None
+        named: Json = {"model": model}
+        named |= {"messages": _messages(messages, system), "stream": True} | params
+        self.body = {name: value for name, value in named.items() if value is not None}
+        self.content()  # what cannot be sent raises here, not at the first chunk
+        n = self.body.get("n")
+        self.choices = max(1, n) if isinstance(n, int) else 1
+        self.method = "POST"
+        self.request: Any = None  # the latest, with all that httpx has added
+        self.retries = 0
+        self.started = 0.0  # when the latest attempt began
+        self.died = False  # a kept connection did; no failure of ours, the first time
+
+    def content(self) -> bytes:
+        return json.dumps(self.body, default=_to_json, allow_nan=False).encode()
+
+    def in_one_piece(self) -> _Request:
+        """Ask for a whole answer in place of a stream."""
+        self.body["stream"] = False
+        self.headers["accept"] = "application/json"
+        return self
+
+    def for_models(self) -> _Request:
+        """Ask for the names of the models in place of an answer."""
+        self.method = "GET"
+        self.url = re.sub(r"/chat/completions(?=\?|$)", "/models", self.url)
+        self.headers["accept"] = "application/json"
+        self.first_token_timeout = self.first_token_timeout or MODELS_TIMEOUT
+        return self
+
+    def build(self, client: Any, most: float | None = None) -> Any:
+        """Make the request of an attempt; no phase of it takes over `most` seconds."""
+        self.started = time.monotonic()
+        timeout = self.timeout
+        if most is not None:
+            timeout = tuple(min(most, seconds or most) for seconds in timeout)
+        options: Json = {"headers": self.headers, "timeout": timeout}
+        if self.method == "POST":
+            options["content"] = self.content()
+        self.request = client.build_request(self.method, self.url, **options)
+        return self.request
+
+    def redact(self, text: str) -> str:
+        """Return a text of the server's without the secrets that it got from us."""
+        headers, url = self.headers, self.url
+        if self.request is not None:  # has those of the caller's own client, too
+            headers, url = {**headers, **self.request.headers}, str(self.request.url)
+        for secret in _secrets(headers, url, self.login):
+            text = text.replace(secret, "[secret]")
+            if "\\" in text:  # where JSON escapes it
+                ways = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in secret)
+                text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
+        return text
+
+    def connection_error(self, cause: Exception) -> APIConnectionError:
+        """Make the error of an attempt that got no answer."""
+        words, advice = self.redact(_reason(cause)), ""
+        if _is_timeout(cause):
+            phase = _PHASES.get(type(cause).__name__, "connecting")
+            error: APIConnectionError = APITimeoutError(f"timed out {phase}")
+        elif "Connect" in type(cause).__name__:
+            error = APIConnectionError(f"cannot connect: {words}")
+            advice = "; start a server there (`ollama serve`), or set base_url"
+        else:
+            error = APIConnectionError(f"{_BROKEN}: {words}")
+        waited = time.monotonic() - self.started
+        error.context = f" ({_public_url(self.url)}, after {waited:.1f} s){advice}"
+        error.__cause__ = cause if self.redact(str(cause)) == str(cause) else None
+        return error
+
+    def status_error(self, response: Response, body: bytes) -> APIStatusError:
+        """Make the error of a status that is no success."""
+        unzip = _unpacker(response)
+        if unzip is not None:
+            with suppress(zlib.error):
+                body = unzip.decompress(body, _PIECE)
+        text = body.decode("utf-8", "replace") or response.reason_phrase
+        error = APIStatusError(*_server_error_fields(text, self.redact))
+        error.status_code = response.status_code
+        error.context = f" ({_public_url(self.url)}){self.advice(response)}"
+        error.retry_after = _retry_after(response.headers, time.time())
+        # A copy: the response itself holds the request, and with it the key.
+        headers = [
+            (name, self.redact(value.decode("latin-1")).encode("latin-1"))
+            for name, value in response.headers.raw
+            if name.lower() not in _FRAMING
+        ]
+        content = self.redact(text).encode()
+        make: type[Response] = type(response)
+        error.response = make(response.status_code, headers=headers, content=content)
+        return error
+
+    def advice(self, response: Response) -> str:
+        """Say what to do about a status."""
+        status = response.status_code
+        if response.has_redirect_location:
+            target = self.redact(_public_url(response.headers["location"]))
+            return f"; not following to {target} with the key: set base_url to it"
+        if status in (401, 403) and not any(map(_SECRET.search, self.request.headers)):
+            return "; no key was sent: give api_key, or set OPENAI_API_KEY"
+        if status == 404 and "/v1" not in _public_url(self.url):
+            return "; most servers want a base_url that ends in /v1"
+        return ""
+
+    def wait_before_retry(self, error: APIError, left: float | None) -> float | None:
+        """Return the seconds to wait for another attempt, None if none is due.
+
+        A server that was silent is not asked again: it may be at work on the answer.
+        One that broke a connection is, the first time at once: servers close those that
+        were kept when they like. With `left` seconds for it all, none may be due.
+        """
+        from random import uniform  # importing it takes 2 ms
+
+        wait = min(8.0, 0.5 * 2.0**self.retries) * uniform(0.75, 1.0)
+        if isinstance(error, APIStatusError):
+            again = error.status_code in (408, 409, 429) or error.status_code >= 500
+            wait = wait if error.retry_after is None else error.retry_after
+        else:
+            broke = error.message.startswith(_BROKEN)
+            again = broke or "connect" in error.message
+            if broke and not self.died:
+                self.died = True
+                return 0.0
+        most = MAX_RETRY_AFTER if left is None else min(left, MAX_RETRY_AFTER)
+        if not again or self.retries >= self.max_retries or wait > most:
+            return None
+        self.retries += 1
+        return wait
+
+
+# ---- Reading an answer: bytes to chunks, and the verdict -----------------------------
 
 
 class _ChatEvents(SSEDecoder):
@@ -1127,6 +1517,52 @@ class _ChatEvents(SSEDecoder):
             events.append(ServerSentEvent("error", value.decode("utf-8", "replace")))
         else:
             super()._process_field(line, events)
+
+
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a BOM
+
+
+_SSE_FIELDS = (b"data:", b"event:", b"retry:", b"error:", b"id:", b":")
+
+
+def _body_kind(mark: bytes, content_type: str) -> str:
+    """Tell from the first bytes that are not blank what a body is, "" for not yet.
+
+    They go before the content type: JSON comes as text/event-stream, too, and streams
+    without any.
+    """
+    if mark.startswith((b"{", b"[")):
+        return "json"
+    told = mark and "text/event-stream" in content_type.lower()
+    if told or mark.startswith(_SSE_FIELDS):
+        return "stream"
+    return "" if any(name.startswith(mark) for name in _SSE_FIELDS) else "other"
+
+
+_scan = json.JSONDecoder().raw_decode
+
+
+def _parse_json(text: str) -> tuple[Any, Exception | None]:
+    """Return what a JSON text holds, and what is wrong with it."""
+    try:
+        # An event holds JSON and nothing around it: without the search for white space
+        # that json.loads makes, this takes two thirds of the time.
+        value, end = _scan(text) if text[:1] == "{" else (None, -1)
+        return (value if end == len(text) else json.loads(text)), None
+    except (ValueError, RecursionError) as error:
+        return None, error
+
+
+def _looks_truncated(text: str, problem: Exception) -> bool:
+    """Tell whether what is wrong with a JSON text may be that its end is missing."""
+    at_end = getattr(problem, "pos", -1) >= len(text.rstrip())
+    in_string = str(problem).startswith("Unterminated string")
+    return at_end or in_string or not text.rstrip().endswith(("}", "]"))
+
+
+def _has_token(delta: ChoiceDelta) -> bool:
+    texts = delta.content or delta.reasoning_content or delta.refusal
+    return bool(texts or delta.tool_calls or delta.function_call)
 
 
 class _AnswerReader:
@@ -1396,439 +1832,14 @@ class _AnswerReader:
         return self._call.redact(text) if self._call else text
 
 
-_BLANK = b" \t\r\n\xef\xbb\xbf"  # the last three are a BOM
-_EXCERPT = 200  # characters of a body that a message shows
-_PIECE = 64 * 1024  # bytes that are unpacked at once
-_scan = json.JSONDecoder().raw_decode
-_SSE_FIELDS = (b"data:", b"event:", b"retry:", b"error:", b"id:", b":")
+# ---- Sending and streaming: the same twice, with `for` and with `async for` ----------
 
 
-def _body_kind(mark: bytes, content_type: str) -> str:
-    """Tell from the first bytes that are not blank what a body is, "" for not yet.
-
-    They go before the content type: JSON comes as text/event-stream, too, and streams
-    without any.
-    """
-    if mark.startswith((b"{", b"[")):
-        return "json"
-    told = mark and "text/event-stream" in content_type.lower()
-    if told or mark.startswith(_SSE_FIELDS):
-        return "stream"
-    return "" if any(name.startswith(mark) for name in _SSE_FIELDS) else "other"
-
-
-def _parse_json(text: str) -> tuple[Any, Exception | None]:
-    """Return what a JSON text holds, and what is wrong with it."""
-    try:
-        # An event holds JSON and nothing around it: without the search for white space
-        # that json.loads makes, this takes two thirds of the time.
-        value, end = _scan(text) if text[:1] == "{" else (None, -1)
-        return (value if end == len(text) else json.loads(text)), None
-    except (ValueError, RecursionError) as error:
-        return None, error
-
-
-def _looks_truncated(text: str, problem: Exception) -> bool:
-    """Tell whether what is wrong with a JSON text may be that its end is missing."""
-    at_end = getattr(problem, "pos", -1) >= len(text.rstrip())
-    in_string = str(problem).startswith("Unterminated string")
-    return at_end or in_string or not text.rstrip().endswith(("}", "]"))
-
-
-def _has_token(delta: ChoiceDelta) -> bool:
-    texts = delta.content or delta.reasoning_content or delta.refusal
-    return bool(texts or delta.tool_calls or delta.function_call)
-
-
-def _is_timeout(cause: BaseException | None) -> bool:
-    return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
-
-
-def _reason(cause: BaseException) -> str:
-    """Return what an exception says, or the one behind it: trio's have no words."""
-    told: BaseException | None = cause
-    while told is not None and not str(told):
-        told = told.__cause__ or told.__context__
-    return str(told or type(cause).__name__)
-
-
-def _find_error(payload: Any, told: bool = False) -> Json | None:
-    """Return the error in what a server sent; what is `told` to be one always is."""
-    if isinstance(payload, list) and len(payload) == 1:  # Gemini
-        payload = payload[0]
-    if not isinstance(payload, dict):
-        return {"message": payload} if told else None
-    error = payload.get("error")
-    if error:
-        return error if isinstance(error, dict) else {"message": error}
-    fastapi = payload.get("detail") and "choices" not in payload
-    return payload if told or fastapi or payload.get("object") == "error" else None
-
-
-def _error_text(error: Any, depth: int = 4) -> str:
-    """Return what an error says, in whatever it is wrapped."""
-    if isinstance(error, dict) and depth:
-        for name in ("message", "msg", "detail", "details", "error"):
-            if error.get(name):
-                return _error_text(error[name], depth - 1)
-    if isinstance(error, list) and depth:
-        return "; ".join(_error_text(item, depth - 1) for item in error[:10])
-    text = error if isinstance(error, str) else json.dumps(error)
-    text = " ".join(text.split())
-    return text if len(text) <= 5 * _EXCERPT else text[: 5 * _EXCERPT] + " …"
-
-
-def _server_error_fields(text: str, redact: Callable[[str], str]) -> tuple[Any, ...]:
-    """Return what a server said about an error, as APIError takes it."""
-    error: Json = {}
-    try:
-        body = _redacted(json.loads(text), redact)
-        error = _find_error(body, told=True) or {}
-        said = _error_text(error)
-    except (ValueError, RecursionError):
-        body = redact(text)
-        said = _error_text(body)
-    code, kind, param = map(error.get, ("code", "type", "param"))
-    code = code if isinstance(code, (int, str)) else None
-    message = _repair_surrogates(said) or "(no message)"
-    return message, body, code, _string(kind), _string(param)
-
-
-def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, list):
-        return [_redacted(item, redact) for item in value]
-    if isinstance(value, dict):
-        return {redact(name): _redacted(item, redact) for name, item in value.items()}
-    return value
-
-
-def _unpacker(response: Response) -> Any:
-    """Return what unpacks a body, if it says that it is packed as we know it."""
-    encoding = response.headers.get("content-encoding", "").strip().lower()
-    packed = encoding in ("gzip", "x-gzip", "deflate")
-    return zlib.decompressobj(zlib.MAX_WBITS | 32) if packed else None
-
-
-# ---- Asking: the request, and what is decided before an answer begins, without I/O ---
-
-Messages = str | Sequence[Mapping[str, Any] | ChatCompletionMessage]
-
-DEFAULT_BASE_URL = "http://localhost:11434/v1"  # Ollama
-DEFAULT_TIMEOUT = 600.0  # seconds between two reads: a big model loads for minutes
-CONNECT_TIMEOUT = 5.0  # seconds
-MODELS_TIMEOUT = 30.0  # seconds, for all of the list of models
-MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
-_LONGEST_SECONDS = (
-    1e6  # seconds; sockets and threads take some thousand times that, no more
-)
-_DRAIN_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
-_ERROR_BODY_SECONDS = 5.0  # for its message
-_DRAIN_SECONDS = 0.5  # for its end, without which the connection cannot be used again
-
-# Keywords of openai's SDK that are not fields of a request, and what to write for them.
-_OPENAI_KEYWORDS = {
-    "stream": "call stream_chat() or generate()",
-    "extra_headers": "write headers=…",
-    "default_headers": "write headers=…",
-    "organization": 'write headers={"OpenAI-Organization": …}',
-    "extra_body": "write its fields as keywords",
-    "extra_query": "write it into base_url, after a ?",
-    "http_client": "write client=…",
-}
-
-
-class _Request:
-    """One call: what it asks for, checked; and what becomes of attempts that fail."""
-
-    def __init__(
-        self,
-        messages: Messages,
-        *,
-        model: str | None = None,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        system: str | None = None,
-        timeout: float | Timeout | None = DEFAULT_TIMEOUT,
-        first_token_timeout: float | None = None,
-        max_retries: int = 2,
-        max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES,
-        headers: Mapping[str, str] | None = None,
-        client: Any = None,
-        **params: Any,
-    ) -> None:
-        for name in params.keys() & _OPENAI_KEYWORDS.keys():
-            raise TypeError(f"no parameter {name}: {_OPENAI_KEYWORDS[name]}")
-        if api_key is None:  # a client that has its own does not want the environment's
-            own = "authorization" in getattr(client, "headers", {})
-            api_key = "" if own else os.environ.get("OPENAI_API_KEY", "")
-        self.api_key = api_key.strip()
-        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip()
-        self.url, self.login = _endpoint(self.base_url or DEFAULT_BASE_URL)
-        self.headers = _headers(self.api_key, self.login, headers or {})
-        self.timeout = _timeouts(timeout)
-        self.first_token_timeout = _seconds("first_token_timeout", first_token_timeout)
-        self.max_retries = max_retries
-        self.max_event_bytes = max_event_bytes
-        self.client = client
-        model = model or os.environ.get("OPENAI_MODEL", "").strip() or None
-        named: Json = {"model": model}
-        named |= {"messages": _messages(messages, system), "stream": True} | params
-        self.body = {name: value for name, value in named.items() if value is not None}
-        self.content()  # what cannot be sent raises here, not at the first chunk
-        n = self.body.get("n")
-        self.choices = max(1, n) if isinstance(n, int) else 1
-        self.method = "POST"
-        self.request: Any = None  # the latest, with all that httpx has added
-        self.retries = 0
-        self.started = 0.0  # when the latest attempt began
-        self.died = False  # a kept connection did; no failure of ours, the first time
-
-    def content(self) -> bytes:
-        return json.dumps(self.body, default=_to_json, allow_nan=False).encode()
-
-    def in_one_piece(self) -> _Request:
-        """Ask for a whole answer in place of a stream."""
-        self.body["stream"] = False
-        self.headers["accept"] = "application/json"
-        return self
-
-    def for_models(self) -> _Request:
-        """Ask for the names of the models in place of an answer."""
-        self.method = "GET"
-        self.url = re.sub(r"/chat/completions(?=\?|$)", "/models", self.url)
-        self.headers["accept"] = "application/json"
-        self.first_token_timeout = self.first_token_timeout or MODELS_TIMEOUT
-        return self
-
-    def build(self, client: Any, most: float | None = None) -> Any:
-        """Make the request of an attempt; no phase of it takes over `most` seconds."""
-        self.started = time.monotonic()
-        timeout = self.timeout
-        if most is not None:
-            timeout = tuple(min(most, seconds or most) for seconds in timeout)
-        options: Json = {"headers": self.headers, "timeout": timeout}
-        if self.method == "POST":
-            options["content"] = self.content()
-        self.request = client.build_request(self.method, self.url, **options)
-        return self.request
-
-    def redact(self, text: str) -> str:
-        """Return a text of the server's without the secrets that it got from us."""
-        headers, url = self.headers, self.url
-        if self.request is not None:  # has those of the caller's own client, too
-            headers, url = {**headers, **self.request.headers}, str(self.request.url)
-        for secret in _secrets(headers, url, self.login):
-            text = text.replace(secret, "[secret]")
-            if "\\" in text:  # where JSON escapes it
-                ways = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x})" for c in secret)
-                text = re.sub("".join(ways), "[secret]", text, flags=re.IGNORECASE)
-        return text
-
-    def connection_error(self, cause: Exception) -> APIConnectionError:
-        """Make the error of an attempt that got no answer."""
-        words, advice = self.redact(_reason(cause)), ""
-        if _is_timeout(cause):
-            phase = _PHASES.get(type(cause).__name__, "connecting")
-            error: APIConnectionError = APITimeoutError(f"timed out {phase}")
-        elif "Connect" in type(cause).__name__:
-            error = APIConnectionError(f"cannot connect: {words}")
-            advice = "; start a server there (`ollama serve`), or set base_url"
-        else:
-            error = APIConnectionError(f"{_BROKEN}: {words}")
-        waited = time.monotonic() - self.started
-        error.context = f" ({_public_url(self.url)}, after {waited:.1f} s){advice}"
-        error.__cause__ = cause if self.redact(str(cause)) == str(cause) else None
-        return error
-
-    def status_error(self, response: Response, body: bytes) -> APIStatusError:
-        """Make the error of a status that is no success."""
-        unzip = _unpacker(response)
-        if unzip is not None:
-            with suppress(zlib.error):
-                body = unzip.decompress(body, _PIECE)
-        text = body.decode("utf-8", "replace") or response.reason_phrase
-        error = APIStatusError(*_server_error_fields(text, self.redact))
-        error.status_code = response.status_code
-        error.context = f" ({_public_url(self.url)}){self.advice(response)}"
-        error.retry_after = _retry_after(response.headers, time.time())
-        # A copy: the response itself holds the request, and with it the key.
-        headers = [
-            (name, self.redact(value.decode("latin-1")).encode("latin-1"))
-            for name, value in response.headers.raw
-            if name.lower() not in _FRAMING
-        ]
-        content = self.redact(text).encode()
-        make: type[Response] = type(response)
-        error.response = make(response.status_code, headers=headers, content=content)
-        return error
-
-    def advice(self, response: Response) -> str:
-        """Say what to do about a status."""
-        status = response.status_code
-        if response.has_redirect_location:
-            target = self.redact(_public_url(response.headers["location"]))
-            return f"; not following to {target} with the key: set base_url to it"
-        if status in (401, 403) and not any(map(_SECRET.search, self.request.headers)):
-            return "; no key was sent: give api_key, or set OPENAI_API_KEY"
-        if status == 404 and "/v1" not in _public_url(self.url):
-            return "; most servers want a base_url that ends in /v1"
-        return ""
-
-    def wait_before_retry(self, error: APIError, left: float | None) -> float | None:
-        """Return the seconds to wait for another attempt, None if none is due.
-
-        A server that was silent is not asked again: it may be at work on the answer.
-        One that broke a connection is, the first time at once: servers close those that
-        were kept when they like. With `left` seconds for it all, none may be due.
-        """
-        from random import uniform  # importing it takes 2 ms
-
-        wait = min(8.0, 0.5 * 2.0**self.retries) * uniform(0.75, 1.0)
-        if isinstance(error, APIStatusError):
-            again = error.status_code in (408, 409, 429) or error.status_code >= 500
-            wait = wait if error.retry_after is None else error.retry_after
-        else:
-            broke = error.message.startswith(_BROKEN)
-            again = broke or "connect" in error.message
-            if broke and not self.died:
-                self.died = True
-                return 0.0
-        most = MAX_RETRY_AFTER if left is None else min(left, MAX_RETRY_AFTER)
-        if not again or self.retries >= self.max_retries or wait > most:
-            return None
-        self.retries += 1
-        return wait
-
-
-_PHASES = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
-_BROKEN = "the connection broke before an answer"
-_SECRET = re.compile("auth|cookie|key|password|secret|token", re.IGNORECASE)
-_FRAMING = (b"content-encoding", b"content-length", b"transfer-encoding")
-
-
-def _retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that `Retry-After` asks for, as a number or as a date."""
-    text = headers.get("retry-after", "")
-    with suppress(ValueError):
-        seconds = float(text)
-        return seconds if 0 <= seconds < math.inf else None
-    with suppress(ValueError, TypeError, OverflowError):
-        from email.utils import parsedate_to_datetime
-
-        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
-    return None
-
-
-def _endpoint(text: str) -> tuple[str, str]:
-    """Return the URL to ask for a base URL, and its user:password. Raises ValueError.
-
-    The login does not stay in the URL, since httpx logs that. A bare host gets the path
-    /v1 that nearly every server has.
-    """
-    from urllib.parse import unquote, urlsplit
-
-    if "://" not in text:  # a key must not go unencrypted to a host on the internet
-        host = re.split("[/?#]", text)[0].rpartition("@")[2].partition(":")[0]
-        local = "." not in host or host.replace(".", "").isdigit()
-        text = ("http://" if local else "https://") + text
-    try:
-        parts = urlsplit(text)
-        known = parts.scheme in ("http", "https")
-        if not (known and parts.hostname) or parts.port == 0:
-            raise ValueError
-    except ValueError:  # its words may hold a piece of a password
-        example = "http://localhost:11434/v1"
-        raise ValueError(f"base_url is no URL; one looks like {example}") from None
-    login, at, host = parts.netloc.rpartition("@")
-    login += ":" if at and ":" not in login else ""
-    path = parts.path.rstrip("/") or "/v1"
-    path = path.removesuffix("/chat/completions") + "/chat/completions"
-    url = parts._replace(netloc=host, path=path, fragment="").geturl()
-    return url, unquote(login)
-
-
-def _public_url(url: str) -> str:
-    """Return a URL without what may be secret in it: its login and its query."""
-    return re.sub(r"//[^/?#]*@", "//", url.partition("?")[0])
-
-
-def _headers(api_key: str, login: str, more: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers of a request. Raises ValueError for what cannot be one."""
-    made = {
-        "accept": "text/event-stream",
-        "accept-encoding": "identity",  # what is unpacked as it comes saves no time
-        "content-type": "application/json",
-        "user-agent": f"sse_chat/{__version__}",
-    }
-    if login:
-        made["authorization"] = f"Basic {b64encode(login.encode()).decode()}"
-    elif api_key:
-        made["authorization"] = f"Bearer {api_key}"
-    for name, value in more.items():
-        if not isinstance(value, str):
-            raise TypeError(f"the header {name!r} is no str")
-        made[name.strip().lower()] = value.strip()
-    for name, value in made.items():
-        shown = "the API key" if name == "authorization" else f"the header {name!r}"
-        if not re.fullmatch("[!-9;-~]+", name) or not re.fullmatch("[ -~\t]*", value):
-            raise ValueError(f"{shown} holds a control or non-ASCII character")
-    return made
-
-
-def _secrets(headers: Mapping[str, str], url: str, login: str) -> list[str]:
-    """Return what is secret in a request, the longest first.
-
-    What has less than 8 characters is none: to replace it would garble what is said.
-    """
-    from urllib.parse import parse_qsl, urlsplit
-
-    user, _, password = login.partition(":")
-    query = urlsplit(url).query
-    found = [query, *(value for _, value in parse_qsl(query)), password or user]
-    for name, value in headers.items():
-        if _SECRET.search(name):
-            found += [value, *re.split(r"[\s;,=]+", value)]
-    return sorted({s for s in found if len(s) >= 8}, key=len, reverse=True)
-
-
-def _seconds(name: str, value: float | None) -> float | None:
-    """Return a limit that sockets and threads take. Raises ValueError, TypeError."""
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a number of seconds, or None for no limit")
-    if not value > 0:
-        raise ValueError(f"{name} must be over 0 seconds, or None for no limit")
-    return float(min(value, _LONGEST_SECONDS))
-
-
-def _timeouts(timeout: Any) -> tuple[float | None, ...]:
-    """Return the seconds to connect, read, write and wait for the pool."""
-    if hasattr(timeout, "as_dict"):  # an httpx.Timeout, or httpx2's
-        return tuple(_seconds("timeout", each) for each in timeout.as_dict().values())
-    seconds = _seconds("timeout", timeout)
-    connect = None if seconds is None else min(seconds, CONNECT_TIMEOUT)
-    return connect, seconds, seconds, seconds
-
-
-def _messages(messages: Messages, system: str | None) -> list[Any]:
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, (list, tuple)):
-        raise TypeError("messages is a str or a list of message dicts")
-    first = [{"role": "system", "content": system}] if system else []
-    return [*first, *messages]
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, _Model):  # a message of an earlier answer
-        return value.to_dict()
-    raise TypeError(f"{type(value).__name__} cannot go into a request")
-
-
-# ---- Streaming: the same twice, with `for` and with `async for` ----------------------
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Return what httpx, httpx2 (as far as they are loaded) and sockets raise."""
+    loaded = filter(None, map(sys.modules.get, ("httpx", "httpx2")))
+    kinds = ("HTTPError", "StreamError", "InvalidURL")
+    return (OSError, *(getattr(module, kind) for module in loaded for kind in kinds))
 
 
 def _load_httpx() -> Any:
@@ -1869,36 +1880,98 @@ def _client(call: _Request, kind: str) -> Any:
     raise APIConnectionError(f"the proxy that the environment names {why}")
 
 
-def _stream_answer(
-    call: _Request, answer: _AnswerReader
-) -> Generator[ChatCompletionChunk]:
-    """Ask, and give the chunks of the answer; to close this closes all that it opened.
+def _interrupt_read(response: Any) -> None:
+    """End the read of a response that another thread waits in: shut its socket down.
 
-    It knows the answer and not the stream, so that who drops the stream drops this.
+    Not with HTTP/2, where other streams share it; and not once the response is closed,
+    since another may have the connection by then.
     """
-    with (
-        _client(call, "Client") as client,
-        closing(_send(call, answer, client)) as response,
-    ):
-        reads = response.iter_raw()
-        while not answer.is_finished:
-            yield from answer.feed(_next_bytes(reads, answer))
-        _drain(reads, response, _DRAIN_SECONDS)
+    import socket
+
+    stream = response.extensions.get("network_stream")
+    if stream is None or not response.http_version.startswith("HTTP/1"):
+        return
+    with suppress(OSError):
+        if not response.is_closed:
+            stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-async def _astream_answer(
-    call: _Request, answer: _AnswerReader
-) -> AsyncGenerator[ChatCompletionChunk]:
-    """Async twin of `_stream_answer`."""
-    async with (
-        _client(call, "AsyncClient") as client,
-        aclosing(await _asend(call, answer, client)) as response,
-    ):
-        reads = response.aiter_raw()
-        while not answer.is_finished:
-            for chunk in answer.feed(await _anext_bytes(reads, answer)):
-                yield chunk
-        await _adrain(reads, response, _DRAIN_SECONDS)
+@contextmanager
+def _interrupt_after(seconds: float, response: Any) -> Iterator[None]:
+    """Wake a read that has not come back after `seconds`."""
+    import threading
+
+    timer = threading.Timer(seconds, _interrupt_read, [response])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _drain(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
+    """Read the rest of a body, as far as it comes within the bounds."""
+    rest = bytearray()
+    if not response.is_closed:
+        with suppress(*_network_errors()), _interrupt_after(seconds, response):
+            for data in reads:
+                rest += data
+                if len(rest) >= _DRAIN_BYTES:
+                    break
+    return bytes(rest)
+
+
+async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) -> bytes:
+    """Async twin of `_drain`."""
+    import anyio
+
+    rest = bytearray()
+    if not response.is_closed:
+        with suppress(*_network_errors()), anyio.move_on_after(seconds):
+            async for data in reads:
+                rest += data
+                if len(rest) >= _DRAIN_BYTES:
+                    break
+    return bytes(rest)
+
+
+def _next_bytes(reads: Iterator[bytes], answer: _AnswerReader) -> bytes | None:
+    """Return what comes next, None where no more does; httpx bounds the wait for it.
+
+    The time for the first token spans several reads, so a thread looks after it.
+    """
+    if answer.over:
+        return None
+    try:
+        if answer.deadline is None:
+            return next(reads, None)
+        if not answer.is_late():
+            with _interrupt_after(answer.time_left() or 0.0, answer.response):
+                return next(reads, None)
+    except _network_errors() as error:
+        answer.cause = error
+    return None
+
+
+async def _anext_bytes(
+    reads: AsyncIterator[bytes], answer: _AnswerReader
+) -> bytes | None:
+    """Async twin of `_next_bytes`. Closing a response wakes it, but over HTTP/2."""
+    if answer.over:
+        return None
+    try:
+        if answer.deadline is None and not answer.over_http2:
+            async for data in reads:  # takes less than anext with a default
+                return data
+        elif not answer.is_late():
+            import anyio
+
+            with anyio.move_on_after(answer.time_left()) as answer.scope:
+                return await anext(reads, None)
+    except _network_errors() as error:
+        answer.cause = error
+    return None
 
 
 def _send(call: _Request, answer: _AnswerReader, client: Any) -> Response:
@@ -1949,98 +2022,36 @@ async def _asend(call: _Request, answer: _AnswerReader, client: Any) -> Response
     raise answer.verdict()
 
 
-def _next_bytes(reads: Iterator[bytes], answer: _AnswerReader) -> bytes | None:
-    """Return what comes next, None where no more does; httpx bounds the wait for it.
+def _stream_answer(
+    call: _Request, answer: _AnswerReader
+) -> Generator[ChatCompletionChunk]:
+    """Ask, and give the chunks of the answer; to close this closes all that it opened.
 
-    The time for the first token spans several reads, so a thread looks after it.
+    It knows the answer and not the stream, so that who drops the stream drops this.
     """
-    if answer.over:
-        return None
-    try:
-        if answer.deadline is None:
-            return next(reads, None)
-        if not answer.is_late():
-            with _interrupt_after(answer.time_left() or 0.0, answer.response):
-                return next(reads, None)
-    except _network_errors() as error:
-        answer.cause = error
-    return None
+    with (
+        _client(call, "Client") as client,
+        closing(_send(call, answer, client)) as response,
+    ):
+        reads = response.iter_raw()
+        while not answer.is_finished:
+            yield from answer.feed(_next_bytes(reads, answer))
+        _drain(reads, response, _DRAIN_SECONDS)
 
 
-async def _anext_bytes(
-    reads: AsyncIterator[bytes], answer: _AnswerReader
-) -> bytes | None:
-    """Async twin of `_next_bytes`. Closing a response wakes it, but over HTTP/2."""
-    if answer.over:
-        return None
-    try:
-        if answer.deadline is None and not answer.over_http2:
-            async for data in reads:  # takes less than anext with a default
-                return data
-        elif not answer.is_late():
-            import anyio
-
-            with anyio.move_on_after(answer.time_left()) as answer.scope:
-                return await anext(reads, None)
-    except _network_errors() as error:
-        answer.cause = error
-    return None
-
-
-def _drain(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
-    """Read the rest of a body, as far as it comes within the bounds."""
-    rest = bytearray()
-    if not response.is_closed:
-        with suppress(*_network_errors()), _interrupt_after(seconds, response):
-            for data in reads:
-                rest += data
-                if len(rest) >= _DRAIN_BYTES:
-                    break
-    return bytes(rest)
-
-
-async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) -> bytes:
-    """Async twin of `_drain`."""
-    import anyio
-
-    rest = bytearray()
-    if not response.is_closed:
-        with suppress(*_network_errors()), anyio.move_on_after(seconds):
-            async for data in reads:
-                rest += data
-                if len(rest) >= _DRAIN_BYTES:
-                    break
-    return bytes(rest)
-
-
-@contextmanager
-def _interrupt_after(seconds: float, response: Any) -> Iterator[None]:
-    """Wake a read that has not come back after `seconds`."""
-    import threading
-
-    timer = threading.Timer(seconds, _interrupt_read, [response])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _interrupt_read(response: Any) -> None:
-    """End the read of a response that another thread waits in: shut its socket down.
-
-    Not with HTTP/2, where other streams share it; and not once the response is closed,
-    since another may have the connection by then.
-    """
-    import socket
-
-    stream = response.extensions.get("network_stream")
-    if stream is None or not response.http_version.startswith("HTTP/1"):
-        return
-    with suppress(OSError):
-        if not response.is_closed:
-            stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+async def _astream_answer(
+    call: _Request, answer: _AnswerReader
+) -> AsyncGenerator[ChatCompletionChunk]:
+    """Async twin of `_stream_answer`."""
+    async with (
+        _client(call, "AsyncClient") as client,
+        aclosing(await _asend(call, answer, client)) as response,
+    ):
+        reads = response.aiter_raw()
+        while not answer.is_finished:
+            for chunk in answer.feed(await _anext_bytes(reads, answer)):
+                yield chunk
+        await _adrain(reads, response, _DRAIN_SECONDS)
 
 
 def _check_client(client: Any, kind: str) -> None:
@@ -2160,12 +2171,46 @@ class AsyncChatStream(
         await self.aclose()
 
 
+def iter_chunks(
+    chunks: Iterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
+) -> Iterator[ChatCompletionChunk]:
+    """Give the chunks of an answer's body, for other HTTP libraries, files and tests.
+
+    Raises as `ChatStream` does where the body is no whole answer. An OSError that the
+    iterable raises is how the body ended.
+    """
+    answer = _AnswerReader(max_event_bytes)
+    reads = iter(chunks)
+    while not answer.is_finished:
+        yield from answer.feed(_next_bytes(reads, answer))
+
+
+async def aiter_chunks(
+    chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
+) -> AsyncIterator[ChatCompletionChunk]:
+    """Async twin of `iter_chunks`."""
+    answer = _AnswerReader(max_event_bytes)
+    reads = aiter(chunks)
+    while not answer.is_finished:
+        for chunk in answer.feed(await _anext_bytes(reads, answer)):
+            yield chunk
+
+
 # ---- The ways to ask -----------------------------------------------------------------
 
 
 def _options_of(call: Callable[Concatenate[Messages, P], T]) -> Callable[P, T]:
     """Tell type checkers what a call takes beside its messages."""
     return call  # type: ignore[return-value]
+
+
+def _signed(function: Any, call: Any = _Request, without: Any = ("messages",)) -> Any:
+    own = inspect.signature(function, follow_wrapped=False)
+    first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    options = inspect.signature(call).parameters.values()
+    parameters = first + [option for option in options if option.name not in without]
+    function.__signature__ = own.replace(parameters=parameters)
+    return function
 
 
 def _function(call: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
@@ -2196,16 +2241,25 @@ def _method(call: Callable[P, T]) -> Callable[Concatenate[Any, P], T]:
     return _signed(made, call, _CLIENT_OPTIONS)  # type: ignore[no-any-return]
 
 
-def _signed(function: Any, call: Any = _Request, without: Any = ("messages",)) -> Any:
-    own = inspect.signature(function, follow_wrapped=False)
-    first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    options = inspect.signature(call).parameters.values()
-    parameters = first + [option for option in options if option.name not in without]
-    function.__signature__ = own.replace(parameters=parameters)
-    return function
-
-
 _OPTIONS = _options_of(_Request)  # type: ignore[arg-type] # as if messages had no name
+
+
+def _read_all(call: _Request) -> ChatCompletion:
+    stream = ChatStream(call)
+    for _ in stream:
+        pass
+    return stream.completion
+
+
+async def _aread_all(call: _Request) -> ChatCompletion:
+    stream = AsyncChatStream(call)
+    async for _ in stream:
+        pass
+    return stream.completion
+
+
+def _model_names(listed: ChatCompletion) -> list[str]:
+    return [m["id"] for m in _dicts(listed.raw["data"]) if _string(m.get("id"))]
 
 
 @_function(_Request)
@@ -2268,29 +2322,13 @@ async def amodels(**options: Any) -> list[str]:
     return _model_names(await _aread_all(_Request("", **options).for_models()))
 
 
-def _read_all(call: _Request) -> ChatCompletion:
-    stream = ChatStream(call)
-    for _ in stream:
-        pass
-    return stream.completion
-
-
-async def _aread_all(call: _Request) -> ChatCompletion:
-    stream = AsyncChatStream(call)
-    async for _ in stream:
-        pass
-    return stream.completion
-
-
-def _model_names(listed: ChatCompletion) -> list[str]:
-    return [m["id"] for m in _dicts(listed.raw["data"]) if _string(m.get("id"))]
-
-
 _CLIENT_OPTIONS = (
     "base_url",
     "api_key",
     "client",
 )  # by a ChatClient: its calls have none
+
+
 _generate, _models = generate, models  # in the class these names are the methods'
 
 
@@ -2358,6 +2396,80 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
 # ---- Demo server: the wire format of a real one, and no model ------------------------
 
 
+def _demo_tokens(text: str) -> list[str]:
+    return re.findall(r"\s*\S+|\s+", text)
+
+
+def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
+    """Return what each token adds to the reasoning, then to the answer."""
+    thoughts = f"The prompt has {len(prompt)} characters."
+    answer = f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo "
+    answer += "server. For a real answer start another, such as `ollama serve`."
+    for word in [stop] if isinstance(stop, str) else stop or ():
+        answer = answer.partition(word)[0]
+    deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
+    return deltas + [{"content": token} for token in _demo_tokens(answer)]
+
+
+def _demo_call(asked: Json) -> list[Json]:
+    """Return what each token adds to a call of the first tool; simple types fit it."""
+    function = asked["tools"][0]["function"]
+    schema = function.get("parameters") or {}
+    fits = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
+    arguments = {
+        name: fits.get(str(schema["properties"][name].get("type")))
+        for name in schema.get("required") or ()
+    }
+    call = {"id": f"call_{len(asked['messages'])}", "type": "function"}
+    pieces: list[Json] = [{**call, "function": {"name": function["name"]}}]
+    for token in _demo_tokens(json.dumps(arguments)):
+        pieces.append({"function": {"arguments": token}})
+    return [{"tool_calls": [{"index": 0, **piece}]} for piece in pieces]
+
+
+def _demo_completion(asked: Json) -> Json | list[Json]:
+    """Return the answer to a request, in one piece or as chunks."""
+    prompt = _normalise_message(asked["messages"][-1])["content"] or ""
+    called = asked.get("tool_choice") == "required"
+    deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
+    finish = "tool_calls" if called else "stop"
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    if limit and limit < len(deltas):
+        deltas, finish = deltas[:limit], "length"
+    n = asked.get("n") or 1
+    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": n * len(deltas)}
+    usage = {**spent, "total_tokens": sum(spent.values())}
+    choices = [
+        {"index": index, "delta": delta, "finish_reason": None if delta else finish}
+        for delta in ({"role": "assistant"}, *deltas, {})
+        for index in range(n)
+    ]
+    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": "demo"}
+    head |= {"object": "chat.completion.chunk"}
+    chunks: list[Json] = [{**head, "choices": [choice]} for choice in choices]
+    last = {**head, "choices": [], "usage": usage}
+    if not asked.get("stream"):
+        return accumulate(map(ChatCompletionChunk.from_dict, [*chunks, last])).to_dict()
+    options = asked.get("stream_options") or {}
+    return [*chunks, last] if options.get("include_usage") else chunks
+
+
+def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[Json]]:
+    """Return a status and what goes with it: JSON, or the chunks of a stream."""
+    if not known:
+        status, problem = 401, "no API key, or a wrong one"
+    elif path.endswith("/models"):
+        return 200, {"object": "list", "data": [{"id": "demo", "object": "model"}]}
+    elif path.endswith("/chat/completions"):
+        try:
+            return 200, _demo_completion(json.loads(body))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            status, problem = 400, f"this is no chat request: {error!r}"
+    else:
+        status, problem = 404, f"there is no {path}"
+    return status, {"error": {"message": problem, "type": "invalid_request_error"}}
+
+
 @contextmanager
 def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]:
     """Serve the chat API on a loopback port, and give its base URL; also for tests.
@@ -2411,80 +2523,6 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
             server.shutdown()
 
 
-def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[Json]]:
-    """Return a status and what goes with it: JSON, or the chunks of a stream."""
-    if not known:
-        status, problem = 401, "no API key, or a wrong one"
-    elif path.endswith("/models"):
-        return 200, {"object": "list", "data": [{"id": "demo", "object": "model"}]}
-    elif path.endswith("/chat/completions"):
-        try:
-            return 200, _demo_completion(json.loads(body))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            status, problem = 400, f"this is no chat request: {error!r}"
-    else:
-        status, problem = 404, f"there is no {path}"
-    return status, {"error": {"message": problem, "type": "invalid_request_error"}}
-
-
-def _demo_completion(asked: Json) -> Json | list[Json]:
-    """Return the answer to a request, in one piece or as chunks."""
-    prompt = _normalise_message(asked["messages"][-1])["content"] or ""
-    called = asked.get("tool_choice") == "required"
-    deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
-    finish = "tool_calls" if called else "stop"
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
-    if limit and limit < len(deltas):
-        deltas, finish = deltas[:limit], "length"
-    n = asked.get("n") or 1
-    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": n * len(deltas)}
-    usage = {**spent, "total_tokens": sum(spent.values())}
-    choices = [
-        {"index": index, "delta": delta, "finish_reason": None if delta else finish}
-        for delta in ({"role": "assistant"}, *deltas, {})
-        for index in range(n)
-    ]
-    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": "demo"}
-    head |= {"object": "chat.completion.chunk"}
-    chunks: list[Json] = [{**head, "choices": [choice]} for choice in choices]
-    last = {**head, "choices": [], "usage": usage}
-    if not asked.get("stream"):
-        return accumulate(map(ChatCompletionChunk.from_dict, [*chunks, last])).to_dict()
-    options = asked.get("stream_options") or {}
-    return [*chunks, last] if options.get("include_usage") else chunks
-
-
-def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
-    """Return what each token adds to the reasoning, then to the answer."""
-    thoughts = f"The prompt has {len(prompt)} characters."
-    answer = f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo "
-    answer += "server. For a real answer start another, such as `ollama serve`."
-    for word in [stop] if isinstance(stop, str) else stop or ():
-        answer = answer.partition(word)[0]
-    deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
-    return deltas + [{"content": token} for token in _demo_tokens(answer)]
-
-
-def _demo_call(asked: Json) -> list[Json]:
-    """Return what each token adds to a call of the first tool; simple types fit it."""
-    function = asked["tools"][0]["function"]
-    schema = function.get("parameters") or {}
-    fits = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
-    arguments = {
-        name: fits.get(str(schema["properties"][name].get("type")))
-        for name in schema.get("required") or ()
-    }
-    call = {"id": f"call_{len(asked['messages'])}", "type": "function"}
-    pieces: list[Json] = [{**call, "function": {"name": function["name"]}}]
-    for token in _demo_tokens(json.dumps(arguments)):
-        pieces.append({"function": {"arguments": token}})
-    return [{"tool_calls": [{"index": 0, **piece}]} for piece in pieces]
-
-
-def _demo_tokens(text: str) -> list[str]:
-    return re.findall(r"\s*\S+|\s+", text)
-
-
 # ---- Command line --------------------------------------------------------------------
 
 _ABOUT = """\
@@ -2497,49 +2535,28 @@ exit codes: 0 whole; 1 an error of the server, the network or a file; 2 wrong us
 environment: OPENAI_BASE_URL, OPENAI_API_KEY (no option takes the key: all users of a
 machine see options), OPENAI_MODEL, OLLAMA_HOST, NO_COLOR"""
 
+
 _CHAT_HELP = '''\
 /clear         forget the conversation    /save FILE  write it as JSON messages
 /system TEXT   set the system message     /load FILE  read it back
 /model NAME    ask another; alone: list   /bye        leave, as Ctrl-D does
 """            begins and ends a text of several lines; Ctrl-C stops an answer'''
 
+
 _CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+
+
 _NOT_WHOLE = {"length": "the token limit", "content_filter": "a content filter"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    try:
-        with ExitStack() as stack:
-            _prepare_streams()
-            stack.callback(sys.stdout.flush)
-            args = _parser().parse_intermixed_args(argv)
-            url = _base_url(args.base_url)
-            if args.demo:
-                os.environ["no_proxy"] = "*"  # none leads to this process
-                url = stack.enter_context(demo_server(delay=0.02))
-            client = ChatClient(base_url=url, timeout=args.timeout)
-            return _Terminal(args, stack.enter_context(client)).run()
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        if sys.stdout is not None:  # what it did not take is written again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # Who reads us may have left: so do we, without a word.
-        return 141 if isinstance(error, BrokenPipeError) else _print_error(error)
-    except (APIError, ValueError, TypeError, ModuleNotFoundError) as error:
-        return _print_error(error)
+def _printable(text: str) -> str:
+    """Return text that cannot steer a terminal: control and bidi characters escaped."""
+    return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
 
 
-def _prepare_streams() -> None:
-    """Replace what `<&-` and `2>&-` closed. Raises OSError without an output."""
-    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def _print_note(text: str) -> None:
+    """Print words of ours about the answer, or in its place, on standard error."""
+    print(f"sse_chat: {_printable(text)}", file=sys.stderr)
 
 
 def _print_error(error: Exception) -> int:
@@ -2554,14 +2571,15 @@ def _print_error(error: Exception) -> int:
     return 1 if isinstance(error, (APIError, OSError)) else 2
 
 
-def _print_note(text: str) -> None:
-    """Print words of ours about the answer, or in its place, on standard error."""
-    print(f"sse_chat: {_printable(text)}", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """Return text that cannot steer a terminal: control and bidi characters escaped."""
-    return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
+def _prepare_streams() -> None:
+    """Replace what `<&-` and `2>&-` closed. Raises OSError without an output."""
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2612,6 +2630,18 @@ def _base_url(given: str | None) -> str | None:
     host = f"[{host}]" if ":" in host and "[" not in host else host
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host) or host
     return f"{scheme or 'http://'}{host}{port}{path.rstrip('/')}/v1"
+
+
+def _usage_line(usage: CompletionUsage | None, times: list[float]) -> str:
+    """Tell tokens and times, as far as they are known and mean something."""
+    start, first, last, end = (times[at] for at in (0, 1, -2, -1))
+    told = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
+    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
+    if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
+        return told
+    if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
+        told += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
+    return f"{counts[0]} + {counts[1]} tokens, {told}"
 
 
 class _Terminal:
@@ -2815,16 +2845,28 @@ class _Terminal:
         return f"loaded {len(messages)} messages from {name}"
 
 
-def _usage_line(usage: CompletionUsage | None, times: list[float]) -> str:
-    """Tell tokens and times, as far as they are known and mean something."""
-    start, first, last, end = (times[at] for at in (0, 1, -2, -1))
-    told = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
-    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
-    if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
-        return told
-    if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
-        told += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
-    return f"{counts[0]} + {counts[1]} tokens, {told}"
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    try:
+        with ExitStack() as stack:
+            _prepare_streams()
+            stack.callback(sys.stdout.flush)
+            args = _parser().parse_intermixed_args(argv)
+            url = _base_url(args.base_url)
+            if args.demo:
+                os.environ["no_proxy"] = "*"  # none leads to this process
+                url = stack.enter_context(demo_server(delay=0.02))
+            client = ChatClient(base_url=url, timeout=args.timeout)
+            return _Terminal(args, stack.enter_context(client)).run()
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if sys.stdout is not None:  # what it did not take is written again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who reads us may have left: so do we, without a word.
+        return 141 if isinstance(error, BrokenPipeError) else _print_error(error)
+    except (APIError, ValueError, TypeError, ModuleNotFoundError) as error:
+        return _print_error(error)
 
 
 if __name__ == "__main__":
