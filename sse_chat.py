@@ -1543,7 +1543,7 @@ class _GrowingList(list[Any]):
 
     def add(self, items: list[Any], depth: int) -> None:
         for item in items:
-            if not isinstance(item, _COMPOUND):
+            if isinstance(item, (int, float)):
                 self.append(item)
                 continue
             index = kind = None
@@ -2399,6 +2399,214 @@ def _message_to_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot go into a request")
 
 
+@dataclass
+class _Expected:
+    """What a reader must know about the request; by default there was none."""
+
+    max_bytes: int = sys.maxsize
+    n_choices: int = 1
+    first_token_timeout: float | None = None
+    read_timeout: float | None = None
+    url: str = ""
+    redact: Callable[[str], str] = str
+    hides: Callable[[BaseException | None], bool] = lambda cause: False
+
+
+def _proxy_advice(url: str) -> str:
+    """Name the proxy that the environment sets for a URL, "" if there is none."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies_environment, proxy_bypass
+
+    parts = urlsplit(url)
+    proxies = getproxies_environment()
+    if proxy_bypass(parts.netloc):
+        return ""
+    for name in (parts.scheme, "all"):
+        if name in proxies:
+            return f"{name.upper()}_PROXY is {_public_url(proxies[name])}"
+    return ""
+
+
+def _connect_advice(url: str, causes: list[BaseException]) -> str:
+    from urllib.parse import urlsplit
+
+    advice = _proxy_advice(url)
+    if advice:
+        return advice
+    host = urlsplit(url).hostname or ""
+    is_local = host in ("localhost", "::1") or host.startswith("127.")
+    if is_local and any(isinstance(each, ConnectionRefusedError) for each in causes):
+        return "start a server there (`ollama serve`), or set base_url"
+    return "check base_url"
+
+
+# What httpx raises where a connection that was open breaks.
+_BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an exception and those behind it, also in groups."""
+    found: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo and len(found) < 50:
+        each = todo.pop(0)
+        if each is not None and each not in found:
+            found.append(each)
+            todo += [each.__cause__ or each.__context__]
+            todo += getattr(each, "exceptions", ())
+    return found
+
+
+def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionError:
+    """Return the error of an attempt that got no answer, by its kind."""
+    kind = type(cause).__name__
+    causes = _causes(cause)
+
+    # A server that was silent may be at work on the answer, so it is not asked again.
+    if _is_timeout(cause):
+        phases = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
+        phase = phases.get(kind, "connecting")
+        timeout = APITimeoutError(f"timed out {phase}")
+        timeout.is_retryable = phase == "connecting"
+        return timeout
+
+    if any("SSL" in type(each).__name__ for each in causes):
+        error = APIConnectionError(f"no secure connection: {words}")
+        error.advice = (
+            "for a certificate of your own set SSL_CERT_FILE, or pass"
+            " client=httpx.Client(verify=…)"
+        )
+    elif "Proxy" in kind:
+        error = APIConnectionError(f"the proxy refused: {words}")
+        error.advice = _proxy_advice(url)
+    elif "Connect" in kind:
+        error = APIConnectionError(f"cannot connect: {words}")
+        error.is_retryable = True
+        error.advice = _connect_advice(url, causes)
+    elif any(type(each).__module__.startswith("h11") for each in causes):
+        error = APIConnectionError(f"the server broke the rules of HTTP: {words}")
+    elif kind in _BROKEN or isinstance(cause, OSError):
+        error = APIConnectionError(f"the connection broke before an answer: {words}")
+        error.is_retryable = error.is_broken = True
+    else:
+        error = APIConnectionError(f"the request could not be sent: {words}")
+    return error
+
+
+def _environment_error(cause: Exception, words: str) -> APIConnectionError:
+    """Return the error of an environment with which httpx makes no client."""
+    words = re.sub(r"//[^/?#\s]*@", "//", words)
+    if isinstance(cause, OSError):  # certificates that cannot be read
+        names = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
+        error = APIConnectionError(f"cannot read the certificates: {words}")
+    elif isinstance(cause, ImportError):
+        names = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"]
+        error = APIConnectionError("a SOCKS proxy needs `pip install httpx[socks]`")
+    else:
+        names = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"]
+        error = APIConnectionError(
+            f"httpx refuses the proxy of the environment: {words}"
+        )
+    found = []
+    for name in [*names, *map(str.lower, names)]:
+        if os.environ.get(name):
+            found.append(f"{name} is {_public_url(os.environ[name])}")
+    error.advice = ", ".join(found)
+    return error
+
+
+def _load_httpx() -> Any:
+    """Return httpx, or its fork httpx2 where that is installed in its place."""
+    for name in ("httpx", "httpx2"):
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise ModuleNotFoundError("sse_chat needs httpx: pip install httpx")
+
+
+@functools.cache
+def _tls_context(is_https: bool) -> Any:
+    """Return the context of our clients, once: loading the certificates takes 25 ms."""
+    import ssl
+
+    if is_https:
+        return _load_httpx().create_ssl_context()
+    # An empty one will do. Should anything lead to https, it trusts nobody.
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _new_client(kind: str, url: str) -> Any:
+    """Return a client that opens as many connections as needed, but keeps few.
+
+    At httpx's default of 100, the next streams would wait until they fail.
+    """
+    httpx = _load_httpx()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    is_https = url.startswith("https:")
+    return getattr(httpx, kind)(verify=_tls_context(is_https), limits=limits)
+
+
+def _check_client(kind: str, client: Any) -> None:
+    if client is not None and hasattr(client, "aclose") != (kind == "AsyncClient"):
+        raise TypeError(f"client: expected an httpx.{kind}")
+
+
+class _Pool:
+    """The client to send with: the caller's, one that is kept, or one for this call."""
+
+    def __init__(self, kind: str, client: Any = None, is_kept: bool = False) -> None:
+        _check_client(kind, client)
+        self.headers: Mapping[str, str] = getattr(client, "headers", {})
+        # Whether a connection may have been kept from an earlier answer: it may be dead
+        # when it is used again. Of a caller's client we must assume so.
+        self.keeps_connections = client is not None
+        self._is_kept = is_kept
+        self._kind = kind
+        self._given = client
+        self._own: Any = None
+        self._home: Any = None  # the process, and the event loop, that it belongs to
+        self._left_behind: list[Any] = []
+
+    def open(self, request: _Request, loop: Any = None) -> Any:
+        """Return a context manager that gives the client, and closes one of ours."""
+        if self._given is not None:
+            return nullcontext(self._given)
+        if not self._is_kept:
+            return self._new(request)
+        # A child process must not use the connections of its parent: the answers would
+        # go to whoever reads first. Nor can an event loop use those of another.
+        home = (os.getpid(), loop)
+        if self._own is None:
+            self._own = self._new(request)
+        elif self._home not in (None, home):
+            self._left_behind.append(self._own)  # its owner closes it
+            self._own = self._new(request)
+            self.keeps_connections = False
+        self._home = home
+        return nullcontext(self._own)
+
+    def prepare(self, request: _Request) -> None:
+        """Make the client that is kept. Raises APIError if the environment is wrong."""
+        if self._given is None:
+            self._own = self._new(request)
+
+    def _new(self, request: _Request) -> Any:
+        problem: Exception
+        try:
+            return _new_client(self._kind, request.url)
+        except ModuleNotFoundError as error:
+            if "sse_chat" in str(error):
+                raise
+            problem = error
+        except Exception as error:
+            problem = error
+        raise request.environment_error(problem)
+
+    @property
+    def owned(self) -> Any:
+        """The client to close at the end, None if it is not ours."""
+        return self._own
+
+
 def _find_base_url(options: Json) -> str:
     """Return the base URL of the options, else of the environment, else Ollama's."""
     base_url = options.get("base_url") or os.environ.get("OPENAI_BASE_URL") or ""
@@ -2411,19 +2619,6 @@ def _find_api_key(options: Json, pool: _Pool) -> str:
     if api_key is None and "authorization" not in pool.headers:
         api_key = os.environ.get("OPENAI_API_KEY")
     return (api_key or "").strip()
-
-
-@dataclass
-class _Expected:
-    """What a reader must know about the request; by default there was none."""
-
-    max_bytes: int = sys.maxsize
-    n_choices: int = 1
-    first_token_timeout: float | None = None
-    read_timeout: float | None = None
-    url: str = ""
-    redact: Callable[[str], str] = str
-    hides: Callable[[BaseException | None], bool] = lambda cause: False
 
 
 class _Request:
@@ -2571,109 +2766,6 @@ def _models_request(options: Json, pool: _Pool) -> _Request:
     limit = request.expected.first_token_timeout
     request.expected.first_token_timeout = limit or MODELS_TIMEOUT
     return request
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """Return an exception and those behind it, also in groups."""
-    found: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo and len(found) < 50:
-        each = todo.pop(0)
-        if each is not None and each not in found:
-            found.append(each)
-            todo += [each.__cause__ or each.__context__]
-            todo += getattr(each, "exceptions", ())
-    return found
-
-
-def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionError:
-    """Return the error of an attempt that got no answer, by its kind."""
-    kind = type(cause).__name__
-    causes = _causes(cause)
-
-    # A server that was silent may be at work on the answer, so it is not asked again.
-    if _is_timeout(cause):
-        phases = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
-        phase = phases.get(kind, "connecting")
-        timeout = APITimeoutError(f"timed out {phase}")
-        timeout.is_retryable = phase == "connecting"
-        return timeout
-
-    if any("SSL" in type(each).__name__ for each in causes):
-        error = APIConnectionError(f"no secure connection: {words}")
-        error.advice = (
-            "for a certificate of your own set SSL_CERT_FILE, or pass"
-            " client=httpx.Client(verify=…)"
-        )
-    elif "Proxy" in kind:
-        error = APIConnectionError(f"the proxy refused: {words}")
-        error.advice = _proxy_advice(url)
-    elif "Connect" in kind:
-        error = APIConnectionError(f"cannot connect: {words}")
-        error.is_retryable = True
-        error.advice = _connect_advice(url, causes)
-    elif any(type(each).__module__.startswith("h11") for each in causes):
-        error = APIConnectionError(f"the server broke the rules of HTTP: {words}")
-    elif kind in _BROKEN or isinstance(cause, OSError):
-        error = APIConnectionError(f"the connection broke before an answer: {words}")
-        error.is_retryable = error.is_broken = True
-    else:
-        error = APIConnectionError(f"the request could not be sent: {words}")
-    return error
-
-
-# What httpx raises where a connection that was open breaks.
-_BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
-
-
-def _connect_advice(url: str, causes: list[BaseException]) -> str:
-    from urllib.parse import urlsplit
-
-    advice = _proxy_advice(url)
-    if advice:
-        return advice
-    host = urlsplit(url).hostname or ""
-    is_local = host in ("localhost", "::1") or host.startswith("127.")
-    if is_local and any(isinstance(each, ConnectionRefusedError) for each in causes):
-        return "start a server there (`ollama serve`), or set base_url"
-    return "check base_url"
-
-
-def _proxy_advice(url: str) -> str:
-    """Name the proxy that the environment sets for a URL, "" if there is none."""
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies_environment, proxy_bypass
-
-    parts = urlsplit(url)
-    proxies = getproxies_environment()
-    if proxy_bypass(parts.netloc):
-        return ""
-    for name in (parts.scheme, "all"):
-        if name in proxies:
-            return f"{name.upper()}_PROXY is {_public_url(proxies[name])}"
-    return ""
-
-
-def _environment_error(cause: Exception, words: str) -> APIConnectionError:
-    """Return the error of an environment with which httpx makes no client."""
-    words = re.sub(r"//[^/?#\s]*@", "//", words)
-    if isinstance(cause, OSError):  # certificates that cannot be read
-        names = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
-        error = APIConnectionError(f"cannot read the certificates: {words}")
-    elif isinstance(cause, ImportError):
-        names = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"]
-        error = APIConnectionError("a SOCKS proxy needs `pip install httpx[socks]`")
-    else:
-        names = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"]
-        error = APIConnectionError(
-            f"httpx refuses the proxy of the environment: {words}"
-        )
-    found = []
-    for name in [*names, *map(str.lower, names)]:
-        if os.environ.get(name):
-            found.append(f"{name} is {_public_url(os.environ[name])}")
-    error.advice = ", ".join(found)
-    return error
 
 
 # ---- Reading an answer ---------------------------------------------------------------
@@ -3099,15 +3191,13 @@ class _AnswerReader(_Reader):
             raise self._server_error(text)
         if type(payload) is not dict:
             raise self._invalid("JSON that is not an answer", text)
-        problem: Exception | None = None
         try:
             _check_size(payload, text)
             chunk = ChatCompletionChunk.from_dict(payload)
             self._accumulator.add(chunk)
         except (ValueError, RecursionError) as error:
-            problem = error
-        if problem is not None:
-            raise self._invalid(f"JSON that is not an answer ({problem})", text)
+            problem = f"JSON that is not an answer ({error})"
+            raise self._invalid(problem, text) from None
         self._set_deadline(chunk)
         return chunk
 
@@ -3202,7 +3292,7 @@ def _is_completion(payload: Any) -> bool:
         return False
     choices = _dicts(payload.get("choices"))
     return bool(choices) and all(
-        type(choice.get("message")) is dict or choice.get("finish_reason")
+        type(choice.get("message")) is dict or _find_finish_reason(choice)
         for choice in choices
     )
 
@@ -3260,98 +3350,6 @@ class _ModelsReader(_Reader):
 _DRAIN_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
 _ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body
 _DRAIN_TIMEOUT = 0.5  # seconds for the end, without which a connection is not reused
-
-
-def _load_httpx() -> Any:
-    """Return httpx, or its fork httpx2 where that is installed in its place."""
-    for name in ("httpx", "httpx2"):
-        with suppress(ModuleNotFoundError):
-            return importlib.import_module(name)
-    raise ModuleNotFoundError("sse_chat needs httpx: pip install httpx")
-
-
-@functools.cache
-def _tls_context(is_https: bool) -> Any:
-    """Return the context of our clients, once: loading the certificates takes 25 ms."""
-    import ssl
-
-    if is_https:
-        return _load_httpx().create_ssl_context()
-    # An empty one will do. Should anything lead to https, it trusts nobody.
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-
-
-def _new_client(kind: str, url: str) -> Any:
-    """Return a client that opens as many connections as needed, but keeps few.
-
-    At httpx's default of 100, the next streams would wait until they fail.
-    """
-    httpx = _load_httpx()
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-    is_https = url.startswith("https:")
-    return getattr(httpx, kind)(verify=_tls_context(is_https), limits=limits)
-
-
-def _check_client(kind: str, client: Any) -> None:
-    if client is not None and hasattr(client, "aclose") != (kind == "AsyncClient"):
-        raise TypeError(f"client: expected an httpx.{kind}")
-
-
-class _Pool:
-    """The client to send with: the caller's, one that is kept, or one for this call."""
-
-    def __init__(self, kind: str, client: Any = None, is_kept: bool = False) -> None:
-        _check_client(kind, client)
-        self.headers: Mapping[str, str] = getattr(client, "headers", {})
-        # Whether a connection may have been kept from an earlier answer: it may be dead
-        # when it is used again. Of a caller's client we must assume so.
-        self.keeps_connections = client is not None
-        self._is_kept = is_kept
-        self._kind = kind
-        self._given = client
-        self._own: Any = None
-        self._home: Any = None  # the process, and the event loop, that it belongs to
-        self._left_behind: list[Any] = []
-
-    def open(self, request: _Request, loop: Any = None) -> Any:
-        """Return a context manager that gives the client, and closes one of ours."""
-        if self._given is not None:
-            return nullcontext(self._given)
-        if not self._is_kept:
-            return self._new(request)
-        # A child process must not use the connections of its parent: the answers would
-        # go to whoever reads first. Nor can an event loop use those of another.
-        home = (os.getpid(), loop)
-        if self._own is None:
-            self._own = self._new(request)
-        elif self._home not in (None, home):
-            self._left_behind.append(self._own)  # its owner closes it
-            self._own = self._new(request)
-            self.keeps_connections = False
-        self._home = home
-        return nullcontext(self._own)
-
-    def prepare(self, request: _Request) -> None:
-        """Make the client that is kept. Raises APIError if the environment is wrong."""
-        if self._given is None:
-            self._own = self._new(request)
-
-    def _new(self, request: _Request) -> Any:
-        problem: Exception
-        try:
-            return _new_client(self._kind, request.url)
-        except ModuleNotFoundError as error:
-            if "sse_chat" in str(error):
-                raise
-            problem = error
-        except Exception as error:
-            problem = error
-        raise request.environment_error(problem)
-
-    @property
-    def owned(self) -> Any:
-        """The client to close at the end, None if it is not ours."""
-        return self._own
 
 
 def _response_reads(response: Any) -> Any:
@@ -3492,38 +3490,63 @@ async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) ->
     return bytes(rest)
 
 
+def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIError:
+    """Send a request once, and return the response or why there is none."""
+    try:
+        built = request.build(client, reader.deadline.left)
+        response: Response = client.send(built, stream=True, follow_redirects=False)
+        reader.control.begin(response)
+        if response.is_success:
+            built.extensions["timeout"]["read"] = request.timeout[1]
+            return response
+        built.extensions["timeout"]["read"] = _ERROR_BODY_TIMEOUT
+        encoding = _content_encoding(response)
+        with closing(response):
+            reads = _response_reads(response)
+            body = _drain(reads, response, _ERROR_BODY_TIMEOUT)
+        return request.status_error(response, _unpack_error_body(encoding, body))
+    # Transports and event hooks may raise anything: it is how the attempt ended.
+    except Exception as error:
+        cause = error
+    return request.error(cause)
+
+
+async def _aattempt(
+    request: _Request, reader: _Reader, client: Any
+) -> Response | APIError:
+    """Async twin of `_attempt`."""
+    try:
+        built = request.build(client, None)
+        response: Response = await client.send(
+            built, stream=True, follow_redirects=False
+        )
+        reader.control.begin(response)
+        if response.is_success:
+            return response
+        encoding = _content_encoding(response)
+        async with aclosing(response):
+            reads = _aresponse_reads(response)
+            body = await _adrain(reads, response, _ERROR_BODY_TIMEOUT)
+        return request.status_error(response, _unpack_error_body(encoding, body))
+    except Exception as error:
+        cause = error
+    return request.error(cause)
+
+
 def _send(request: _Request, reader: _Reader, client: Any) -> Response:
     """Send a request, again where the rules say so, until an answer begins."""
     deadline, control = reader.deadline, reader.control
-    while True:
+    while not control.is_closed:
         request.retries.begin_attempt()
-        problem: Exception | None = None
-        try:
-            built = request.build(client, deadline.left)
-            response = client.send(built, stream=True, follow_redirects=False)
-            control.begin(response)
-            if response.is_success:
-                built.extensions["timeout"]["read"] = request.timeout[1]
-                request.pool.keeps_connections = True
-                return response  # type: ignore[no-any-return]
-            built.extensions["timeout"]["read"] = _ERROR_BODY_TIMEOUT
-            encoding = _content_encoding(response)
-            with closing(response):
-                reads = _response_reads(response)
-                body = _drain(reads, response, _ERROR_BODY_TIMEOUT)
-        except Exception as cause:
-            problem = cause
-        if problem is None:
-            body = _unpack_error_body(encoding, body)
-            error: APIError = request.status_error(response, body)
-        else:
-            error = request.error(problem)
-        wait = request.wait_after(error, deadline.left)
-        if wait is None or control.is_closed:
-            raise reader.attempt_error(error)
+        result = _attempt(request, reader, client)
+        if not isinstance(result, APIError):
+            request.pool.keeps_connections = True
+            return result
+        wait = request.wait_after(result, deadline.left)
+        if wait is None:
+            raise reader.attempt_error(result)
         control.wait(wait)
-        if control.is_closed:
-            raise reader.attempt_error(error)
+    raise reader.verdict()
 
 
 async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
@@ -3534,28 +3557,13 @@ async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
     with control.limit(deadline.left):
         while not control.is_closed:
             request.retries.begin_attempt()
-            problem: Exception | None = None
-            try:
-                built = request.build(client, None)
-                response = await client.send(built, stream=True, follow_redirects=False)
-                control.begin(response)
-                if response.is_success:
-                    request.pool.keeps_connections = True
-                    return response  # type: ignore[no-any-return]
-                encoding = _content_encoding(response)
-                async with aclosing(response):
-                    reads = _aresponse_reads(response)
-                    body = await _adrain(reads, response, _ERROR_BODY_TIMEOUT)
-            except Exception as cause:
-                problem = cause
-            if problem is None:
-                body = _unpack_error_body(encoding, body)
-                error: APIError = request.status_error(response, body)
-            else:
-                error = request.error(problem)
-            wait = request.wait_after(error, deadline.left)
+            result = await _aattempt(request, reader, client)
+            if not isinstance(result, APIError):
+                request.pool.keeps_connections = True
+                return result
+            wait = request.wait_after(result, deadline.left)
             if wait is None:
-                raise reader.attempt_error(error)
+                raise reader.attempt_error(result)
             await anyio.sleep(wait)
     raise reader.verdict()
 
@@ -3933,7 +3941,8 @@ class _Reconnection:
         if re.fullmatch(rb"[!-~\x80-\xff]([\t -~\x80-\xff]*[!-~\x80-\xff])?", value):
             headers["last-event-id"] = value
         elif value:
-            self.report(SSEError("the last event id cannot stand in a header"))
+            problem = f"a header cannot hold the last event id {self.last_event_id!r}"
+            self.report(SSEError(problem))
         return headers
 
     def begin(self, response: Response) -> EventSource | None:
@@ -5006,11 +5015,7 @@ class _Program:
 
     def request(self, prompt: str) -> Any:
         """Return the request of a prompt, caught on its way to the network."""
-        try:
-            import httpx
-        except ModuleNotFoundError:
-            import httpx2 as httpx  # type: ignore[no-redef]
-
+        httpx = _load_httpx()
         caught: list[Any] = []
 
         def refuse(request: Any) -> Any:
