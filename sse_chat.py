@@ -4832,6 +4832,10 @@ class _Conversation:
             raise _FileError(f"{self.name} is not saved: {error.strerror}") from None
         self.data = data
 
+    def clear(self) -> None:
+        """Forget all but the system message."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+
     def set_system(self, text: str) -> None:
         """Put a system message in the place of the one before, "" for none."""
         first = [{"role": "system", "content": text}] if text else []
@@ -4912,7 +4916,8 @@ def _refusal(part: ChatCompletionChunk | ChatCompletion) -> str:
 def _spent(usage: CompletionUsage | None, times: list[float]) -> str:
     """Tell tokens and times, as far as they are known and mean something."""
     start, first, last, end = (times[at] for at in (0, 1, -2, -1))
-    spent = f"first token after {first - start:.2f} s, all after {end - start:.2f} s"
+    spent = f"first token after {first - start:.2f} s"
+    spent += f", all after {end - start:.2f} s"
     counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
     if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
         return spent
@@ -4934,13 +4939,16 @@ def _shell_text(text: str, name: str = "") -> str:
 def _curl(request: Any) -> str:
     """Return a shell command that sends a request; secrets are variables in it."""
     url, mark, query = str(request.url).partition("?")
-    pairs = (pair.partition("=") for pair in query.split("&"))
-    shown = [name + equals + _shell_text(value, name) for name, equals, value in pairs]
-    lines = ["curl -gN"]
+    fields = []
+    for pair in query.split("&"):
+        name, equals, value = pair.partition("=")
+        fields.append(f"{name}{equals}{_shell_text(value, name)}")
+    url = _shell_text(url) + mark + "&".join(fields)
+    lines = ["curl -N"]
     for name, value in request.headers.items():
         if name not in ("connection", "content-length", "host"):  # which curl makes
             lines.append(f'-H "{name}: {_shell_text(value, name)}"')
-    lines.append(f"-d @- \"{_shell_text(url)}{mark}{'&'.join(shown)}\" <<'END'")
+    lines.append(f"-d @- \"{url}\" <<'END'")
     return " \\\n  ".join(lines) + f"\n{request.content.decode()}\nEND\n"
 
 
@@ -4985,7 +4993,7 @@ class _Program:
         self.args = args
         self.client = client
         self.screen = screen
-        self.model = args.model or os.environ.get("OPENAI_MODEL", "").strip() or None
+        self.model = args.model or os.environ.get("OPENAI_MODEL", "").strip()
         self.options = dict(map(_option, args.option))
         self.conversation = _Conversation(args.conversation)
         self.goes_on = bool(args.conversation)  # another turn may follow
@@ -5003,9 +5011,9 @@ class _Program:
                 self.screen.answer(f"{name}\n")
             return 0
         prompt = _prompt(self.args.prompt)
-        if self.model is None:
+        if not self.model:
             with suppress(APIStatusError):  # no list: the server may need no name
-                self.model = next(iter(self.client.models()), None)
+                self.model = next(iter(self.client.models()), "")
             if self.model and sys.stderr.isatty():
                 self.screen.note(f"asking {self.model}")
         if self.args.dry_run:
@@ -5068,7 +5076,7 @@ class _Program:
         """Ask, show what comes and return the whole. Raises APIError."""
         question = {"role": "user", "content": prompt}
         messages = [*self.conversation.messages, question]
-        options: Json = {"model": self.model} | self.options
+        options: Json = {"model": self.model or None} | self.options
         if self.args.no_stream:
             try:
                 completion = self.client.generate(messages, **options)
@@ -5185,8 +5193,7 @@ class _Program:
                 self.model = text
                 return f"asking {text}"
             case "/clear":
-                messages = conversation.messages
-                conversation.messages = [m for m in messages if m["role"] == "system"]
+                conversation.clear()
                 conversation.save()
                 return "the conversation is forgotten"
             case "/system":
