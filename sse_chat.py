@@ -316,48 +316,50 @@ class SSEDecoder:
         """Process whole lines. Nothing is raised at the limit: `_overflow` is set."""
         events: list[ServerSentEvent] = []
         data, size, max_size = self._data, self._size, self._max_bytes + 1
+        event, id = self._event, self._id
         for line in lines:
+            if not line:  # dispatch the event
+                if data:
+                    text = b"\n".join(data).decode("utf-8", "replace")
+                    name = event or "message"
+                    events.append(_new_event((name, text, id, self._retry)))
+                    data.clear()
+                    self._retry = None
+                # Without data there is no event; but the id counts all the same.
+                self.last_event_id = id
+                event = ""
+                size = 0
+                continue
             size += len(line) + 1
-            if size > max_size and line:
+            if size > max_size:
                 self._set_overflow(line)
                 return events
             if line[:6] == b"data: ":  # nearly all lines
                 data.append(line[6:])
-            elif not line:  # dispatch the event
-                if data:
-                    text = b"\n".join(data).decode("utf-8", "replace")
-                    name = self._event or "message"
-                    events.append(_new_event((name, text, self._id, self._retry)))
-                    data.clear()
-                    self._retry = None
-                # Without data there is no event; but the id counts all the same.
-                self._event = ""
-                self.last_event_id = self._id
-                size = 0
             elif line[0] != _COLON:
-                self._process_field(line, events)
-        self._size = size
+                field, _, value = line.partition(b":")
+                value = value.removeprefix(b" ")
+                if field == b"data":
+                    data.append(value)
+                elif field == b"event":
+                    event = value.decode("utf-8", "replace")
+                elif field == b"id":
+                    if b"\0" not in value:
+                        id = value.decode("utf-8", "replace")
+                elif field == b"retry":
+                    self._set_retry(value)
+                else:
+                    self._process_unknown(line, events)
+        self._size, self._event, self._id = size, event, id
         pending = self._lines._pending
         if pending and size + len(pending) >= max_size:
             self._set_overflow(bytes(pending))
         return events
 
-    def _process_field(self, line: bytes, events: list[ServerSentEvent]) -> None:
-        name, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if name == b"data":
-            self._data.append(value)
-        elif name == b"event":
-            self._event = value.decode("utf-8", "replace")
-        elif name == b"id":
-            if b"\0" not in value:
-                self._id = value.decode("utf-8", "replace")
-        elif name == b"retry":
-            if value.isdigit():
-                with suppress(ValueError):  # more digits than Python converts
-                    self._retry = self.retry = int(value)
-        else:
-            self._process_unknown(line, events)
+    def _set_retry(self, value: bytes) -> None:
+        if value.isdigit():
+            with suppress(ValueError):  # more digits than Python converts
+                self._retry = self.retry = int(value)
 
     def _process_unknown(self, line: bytes, events: list[ServerSentEvent]) -> None:
         """Ignore the line, as the standard says."""
@@ -938,12 +940,16 @@ class _CompletionBase(_Model):
         """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
         # Micro-optimization: built by hand, since each chunk is built here.
         choices: list[Any] = []
+        usage = d.get("usage")
         sent = d.get("choices")
         for item in sent if type(sent) is list else ():
             if type(item) is dict:
                 choice: Any = cls.Choice.from_dict(item)
-                if not _has_index(item):
+                index = choice.index
+                if type(index) is not int or index < 0 or "index" not in item:
                     choice.index = len(choices)
+                if choice.extra is not None:
+                    usage = usage or choice.extra.get("usage")  # Kimi
                 choices.append(choice)
         extra = None
         if not _COMPLETION_FIELDS.issuperset(d):
@@ -960,7 +966,8 @@ class _CompletionBase(_Model):
         completion.raw = d
         if extra is not None:
             completion.extra = extra
-        usage = d.get("usage") or _find_usage(extra, choices)
+            if not usage and type(extra.get("x_groq")) is dict:
+                usage = extra["x_groq"].get("usage")
         if usage and type(usage) is dict:
             completion.usage = CompletionUsage.from_dict(usage)
         return completion
@@ -1010,16 +1017,6 @@ def _find_finish_reason(d: Json) -> str | None:
     return _repair_surrogates(reason)
 
 
-def _find_usage(extra: Json | None, choices: list[Any]) -> Any:
-    """Return the usage that is not at its place: in x_groq, or in a choice (Kimi)."""
-    if extra is not None and type(extra.get("x_groq")) is dict:
-        return extra["x_groq"].get("usage")
-    for choice in choices:
-        if choice.extra is not None and choice.extra.get("usage"):
-            return choice.extra["usage"]
-    return None
-
-
 @dataclass(repr=False)
 class ChatCompletionChunk(_CompletionBase):
     """One event of a streamed answer; `raw` is all that the server sent in it."""
@@ -1040,14 +1037,17 @@ class ChatCompletionChunk(_CompletionBase):
             delta = d.get("delta")
             if type(delta) is not dict:
                 delta = d.get("message")
-            choice = cls(ChoiceDelta.from_dict(delta if type(delta) is dict else {}))
-            choice.raw = d
-            choice.index = d.get("index") or 0
-            if d.get("finish_reason") is not None or "finishReason" in d:
-                choice.finish_reason = _find_finish_reason(d)
+            reason = d.get("finish_reason")
+            if reason is not None or "finishReason" in d:
+                reason = _find_finish_reason(d)
             logprobs = d.get("logprobs")
-            if type(logprobs) is dict:
-                choice.logprobs = ChoiceLogprobs.from_dict(logprobs)
+            choice = cls(
+                ChoiceDelta.from_dict(delta if type(delta) is dict else {}),
+                reason,
+                d.get("index") or 0,
+                ChoiceLogprobs.from_dict(logprobs) if type(logprobs) is dict else None,
+            )
+            choice.raw = d
             if not _CHOICE_FIELDS.issuperset(d):
                 extra = {k: v for k, v in d.items() if k not in _CHOICE_FIELDS}
                 choice.extra = extra
@@ -1260,13 +1260,11 @@ def _reports_error(value: Any) -> bool:
 
 def _find_error(payload: Any) -> Any:
     """Return the part of a payload that reports an error, None if it reports none."""
-    if isinstance(payload, list) and len(payload) == 1:
+    if type(payload) is list and len(payload) == 1:
         payload = payload[0]
-    if not isinstance(payload, dict):
+    if type(payload) is not dict:
         return None
 
-    choices: Any = payload.get("choices")
-    has_choices = type(choices) is list and len(choices) > 0
     if payload.get("object") == "error":
         return payload
     if not _ERROR_NAMES.isdisjoint(payload):
@@ -1278,7 +1276,8 @@ def _find_error(payload: Any) -> Any:
         minimax = payload.get("base_resp")
         if isinstance(minimax, dict) and _reports_error(minimax.get("status_code")):
             return minimax
-    if not has_choices:
+    choices = payload.get("choices")
+    if not choices or type(choices) is not list:
         return _find_flat_error(payload)
     for choice in choices:
         has_error = type(choice) is dict and "error" in choice
@@ -1410,7 +1409,8 @@ def _server_error_fields(text: str) -> tuple[Any, ...]:
     )
 
 
-_scan_json = json.JSONDecoder().raw_decode
+_json_decoder: Any = json.JSONDecoder()
+_scan_json = _json_decoder.scan_once
 
 
 def _parse_json(text: str) -> tuple[Any, Exception | None]:
@@ -1419,7 +1419,7 @@ def _parse_json(text: str) -> tuple[Any, Exception | None]:
         # Micro-optimization: json.loads also searches for white space around the value.
         # Events have none, and without that search this takes two thirds of the time.
         if text[:1] == "{":
-            value, end = _scan_json(text)
+            value, end = _scan_json(text, 0)
             if end == len(text):
                 return value, None
         return json.loads(text), None
@@ -1894,17 +1894,18 @@ class ChatAccumulator:
         if len(chunk.choices) > MAX_CHOICES:
             raise ValueError(f"more than {MAX_CHOICES} choices")
         for choice in chunk.choices:
-            self._add_choice(choice)
+            builder = self._choices.get(choice.index)
+            if builder is None:
+                builder = self._open(choice.index)
+            builder.add(choice)
+            if choice.finish_reason and _is_failure(choice.finish_reason):
+                self._failure = choice.finish_reason
 
-    def _add_choice(self, choice: ChatCompletionChunk.Choice) -> None:
-        builder = self._choices.get(choice.index)
-        if builder is None:
-            if not 0 <= choice.index < MAX_CHOICES:
-                raise ValueError(f"expected an index from 0 to {MAX_CHOICES - 1}")
-            builder = self._choices[choice.index] = _ChoiceBuilder()
-        builder.add(choice)
-        if choice.finish_reason and _is_failure(choice.finish_reason):
-            self._failure = choice.finish_reason
+    def _open(self, index: int) -> _ChoiceBuilder:
+        if not 0 <= index < MAX_CHOICES:
+            raise ValueError(f"expected an index from 0 to {MAX_CHOICES - 1}")
+        builder = self._choices[index] = _ChoiceBuilder()
+        return builder
 
     @property
     def failure(self) -> str:
@@ -2779,12 +2780,9 @@ class _Deadline:
     """
 
     def __init__(self, seconds: float | None) -> None:
+        self.is_unlimited = seconds is None
         self._seconds = seconds  # that are left, at the start of a wait
         self._started = 0.0
-
-    @property
-    def is_unlimited(self) -> bool:
-        return self._seconds is None
 
     @property
     def left(self) -> float | None:
@@ -2796,6 +2794,8 @@ class _Deadline:
 
     @property
     def has_passed(self) -> bool:
+        if self.is_unlimited:
+            return False
         left = self.left
         return left is not None and left < 0.01  # timers may fire a little early
 
@@ -3020,16 +3020,12 @@ def _has_token(delta: ChoiceDelta) -> bool:
     return bool(texts or delta.tool_calls or delta.function_call)
 
 
-def _check_size(payload: Any, text: str) -> None:
+def _check_size(payload: Any) -> None:
     """Raise ValueError if a payload has too many levels, or too many objects to build.
 
     It may have twice as many lists: log probabilities have one for the bytes of each
     token.
     """
-    # Micro-optimization: a short text cannot hold so many. Deep ones are refused where
-    # they are copied.
-    if len(text) < MAX_OBJECTS:
-        return
     objects_left, lists_left = MAX_OBJECTS, 2 * MAX_OBJECTS
     containers = [payload]
     for _ in range(MAX_DEPTH):
@@ -3148,7 +3144,7 @@ class _AnswerReader(_Reader):
     def _read_data(self, data: str) -> Iterable[ChatCompletionChunk]:
         payload, problem = _parse_json(data)
         if not problem:
-            if payload is None or payload == {}:
+            if not payload and (payload is None or payload == {}):
                 return ()  # sent by gateways to keep the connection alive
             return (self._read_payload(payload, data),)
         text = data.strip()
@@ -3192,7 +3188,10 @@ class _AnswerReader(_Reader):
         if type(payload) is not dict:
             raise self._invalid("JSON that is not an answer", text)
         try:
-            _check_size(payload, text)
+            # Micro-optimization: a short text cannot hold so many objects, and deep
+            # ones are refused where they are copied.
+            if len(text) > MAX_OBJECTS:
+                _check_size(payload)
             chunk = ChatCompletionChunk.from_dict(payload)
             self._accumulator.add(chunk)
         except (ValueError, RecursionError) as error:
