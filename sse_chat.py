@@ -2408,6 +2408,7 @@ class _Expected:
     n_choices: int = 1
     first_token_timeout: float | None = None
     read_timeout: float | None = None
+    ending_timeout: float | None = None
     url: str = ""
     redact: Callable[[str], str] = str
     hides: Callable[[BaseException | None], bool] = lambda cause: False
@@ -2649,6 +2650,7 @@ class _Request:
             max_bytes=max_bytes or sys.maxsize,
             first_token_timeout=_check_seconds("first_token_timeout", limit),
             read_timeout=self.timeout[1],
+            ending_timeout=min(ENDING_TIMEOUT, self.timeout[1] or ENDING_TIMEOUT),
             url=_public_url(self.url),
             redact=self.secrets.redact,
             hides=self.secrets.is_in,
@@ -3210,13 +3212,10 @@ class _AnswerReader(_Reader):
             if is_ending or choice.finish_reason is not None:
                 is_ending = self._accumulator.has_ended(self._expected.n_choices)
         if is_ending:
-            self.deadline = _Deadline(self._ending_timeout())
+            self.deadline = _Deadline(self._expected.ending_timeout)
         elif self._is_ending:
             self.deadline = _Deadline(None)  # a choice was opened again
         self._is_ending = is_ending
-
-    def _ending_timeout(self) -> float:
-        return min(ENDING_TIMEOUT, self._expected.read_timeout or ENDING_TIMEOUT)
 
     # The verdict.
 
@@ -3251,7 +3250,7 @@ class _AnswerReader(_Reader):
             return self._invalid("[DONE] and no answer")
         if not self._body.start:
             return self._invalid(f"an empty body ({self._content_type()})")
-        if self._body.kind in ("other", ""):
+        if self._body.kind == "other":
             problem = f"neither an event stream nor JSON ({self._content_type()})"
             return self._invalid(problem, self._body.text)
         return self._truncated(self._cut_off("it ended"))
