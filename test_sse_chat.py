@@ -92,7 +92,91 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning"),
 ]
 
-# ---- A server on a raw loopback socket: it sends what a test says, byte for byte ----
+# ---- Vocabulary: what servers send, byte for byte ------------------------------------
+
+
+def http(*parts, status="200 OK", headers="", kind="text/event-stream"):
+    """A response whose body ends as its Content-Length says."""
+    length = sum(map(len, parts))
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
+    return (head + headers + "\r\n").encode() + b"".join(parts)
+
+
+def chunked(*parts, end=True, headers="", kind="text/event-stream"):
+    """A chunked response, one chunk for each part; without its end it is cut off."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n{headers}"
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts if part)
+    end = b"0\r\n\r\n" if end else b""
+    return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + body + end
+
+
+def sse(payload):
+    """An event with this JSON, in raw UTF-8 as far as that can be."""
+    text = f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def event(content=None, finish=None, index=0, **delta):
+    """One chat chunk as a server sends it."""
+    delta |= {} if content is None else {"content": content}
+    choice = {"index": index, "delta": delta, "finish_reason": finish}
+    head = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return sse(head | {"choices": [choice]})
+
+
+def choices(*fields, **more):
+    return sse({"choices": fields} | more)
+
+
+def calls(indices):
+    return event(tool_calls=[{"index": index} | CALL for index in indices])
+
+
+def with_text(text):
+    """A chunk with this text as JSON writes it."""
+    return event("?").replace(b"?", text)
+
+
+def as_event(data, event="message", id="", retry=None):
+    return ServerSentEvent(event, data, id, retry)
+
+
+def refuse(status, *headers, body=b'{"error": "boom"}'):
+    more = "".join(f"{header}\r\n" for header in ("Connection: close", *headers))
+    return http(body, status=f"{status} No", headers=more, kind="text/html")
+
+
+def encoded(name, body):
+    return http(body, headers=f"Content-Encoding: {name}\r\n")
+
+
+def after(time, *headers):
+    return refuse(429, f"Retry-After: {time}", *headers)
+
+
+CANARY = "sk-canary/7f3a"  # what the errors say, and where it is the key do not say
+DONE = b"data: [DONE]\n\n"
+HELLO = (event("Hel", role="assistant"), event("lo"), event(finish="stop"), DONE)
+SAID = HELLO[:2]  # of an answer that does not end
+ENDING = HELLO[2:]
+HELLO_BYTES = b"".join(HELLO)
+ONE_ENDS = event(finish="stop", index=1)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+PING, BOM = b": ping\n\n", b"\xef\xbb\xbf"
+UTF8_BOM = "\ufeff".encode()
+CALL = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+AZURE_FILTER = choices({"filter": {}})
+USAGE_ALONE = choices(usage={"prompt_tokens": 1, "total_tokens": 2})
+FAILED = sse({"error": {"message": CANARY, "type": "server_error", "code": 500}})
+BESIDE = {"error": {"code": 502, "message": CANARY}}  # OpenRouter, beside the choices
+FAILURE = {"finish_reason": "error"}
+MESSAGE = {"role": "assistant", "content": "Hello"}
+WHOLE = {"id": "c", "object": "chat.completion", "model": "m", "created": 2}
+WHOLE["choices"] = [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]
+JSON = json.dumps(WHOLE).encode()
+PAGE = b"<!doctype html><title>Sign in</title>\n"
+
+# ---- Machinery: a server on a raw loopback socket ------------------------------------
 
 
 class Server(contextlib.AbstractContextManager):
@@ -181,47 +265,198 @@ def in_turn(*answers):
     return lambda *request: plays[min(request[1], len(plays)) - 1](*request)
 
 
-def http(*parts, status="200 OK", headers="", kind="text/event-stream"):
-    """A response whose body ends as its Content-Length says."""
-    length = sum(map(len, parts))
-    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
-    return (head + headers + "\r\n").encode() + b"".join(parts)
+def framed(framing, body, broken):
+    """Answer with this body; if `broken`, break off after it."""
+    data, headers = body.data, ""
+    if framing == "gzip":
+        packer = zlib.compressobj(wbits=31)
+        data = packer.compress(data)
+        data += packer.flush(zlib.Z_SYNC_FLUSH if broken else zlib.Z_FINISH)
+        headers = "Content-Encoding: gzip\r\n"
+    answer = chunked(data, end=not broken, headers=headers, kind=body.kind)
+    if framing == "length":
+        answer = http(data, b"?" * broken, kind=body.kind)[: -1 if broken else None]
+    elif framing == "close":
+        answer = HEAD.replace(b"text/event-stream", body.kind.encode()) + data
+    linger = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset = (0.02, lambda connection: connection.setsockopt(*linger))
+    return play(answer, reset if broken and framing == "close" else ())
 
 
-def chunked(*parts, end=True, headers="", kind="text/event-stream"):
-    """A chunked response, one chunk for each part; without its end it is cut off."""
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n{headers}"
-    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts if part)
-    end = b"0\r\n\r\n" if end else b""
-    return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + body + end
+GOOD = chunked(*HELLO)
+GOOD_KEPT = play(GOOD, KEEP)
+MUCH = itertools.repeat(b"x" * 9999)
+ONE = httpx.Limits(max_connections=1)
+
+# ---- Asking: one test for sync code, asyncio, uvloop and trio ------------------------
+
+Truncated = TruncatedStreamError
+Invalid = sse_chat.APIResponseValidationError
+Status = sse_chat.APIStatusError
+Timeout = sse_chat.APITimeoutError
+Unreachable = sse_chat.APIConnectionError
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+ENVIRONMENT = re.compile("(?i)OPENAI_.*|OLLAMA_HOST|(HTTPS?|ALL|NO)_PROXY")
 
 
-def sse(payload):
-    """An event with this JSON, in raw UTF-8 as far as that can be."""
-    text = f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
-    return text.encode("utf-8", "backslashreplace")
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, caplog):
+    for name in filter(ENVIRONMENT.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
+    yield
+    told = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
+    assert [text for text in told if not text.startswith("Executing ")] == []  # slow
 
 
-def event(content=None, finish=None, index=0, **delta):
-    """One chat chunk as a server sends it."""
-    delta |= {} if content is None else {"content": content}
-    choice = {"index": index, "delta": delta, "finish_reason": finish}
-    head = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    return sse(head | {"choices": [choice]})
+class Sync:
+    """Anything of sync code with the face of its async twin."""
+
+    def __init__(self, twin):
+        self.twin = twin
+
+    def __getattr__(self, name):
+        value = getattr(self.twin, "close" if name == "aclose" else name)
+        if name in ("aclose", "generate", "models"):
+            return functools.partial(call, value)
+        if callable(value):
+            return lambda *args, **options: Sync(value(*args, **options))
+        return value
+
+    def __aiter__(self):
+        return Sync(iter(self.twin))
+
+    async def __anext__(self):
+        for item in self.twin:
+            return item
+        raise StopAsyncIteration
+
+    async def __aenter__(self):
+        self.twin.__enter__()
+        return self
+
+    async def __aexit__(self, *exception):
+        self.twin.__exit__(*exception)
 
 
-DONE = b"data: [DONE]\n\n"
-HELLO = (event("Hel", role="assistant"), event("lo"), event(finish="stop"), DONE)
+async def call(function, *args, **options):
+    return function(*args, **options)
+
+
+Way = namedtuple("Way", "client stream generate models")
+SYNC = Way("ChatClient", "stream_chat", "generate", "models")
+SYNC = Sync(Way(*(getattr(sse_chat, name) for name in SYNC)))
+ASYNC = Way("AsyncChatClient", "astream_chat", "agenerate", "amodels")
+ASYNC = Way(*(getattr(sse_chat, name) for name in ASYNC))
+MODES = ["sync", "asyncio", "uvloop", "trio"]
+
+
+def pytest_generate_tests(metafunc):
+    """What takes `chat` runs sync as well, all else that is async under each loop."""
+    if "anyio_backend" in metafunc.fixturenames:
+        modes = MODES["chat" not in metafunc.fixturenames :]
+        metafunc.parametrize("anyio_backend", modes, indirect=True)
+
+
+@pytest.fixture
+def anyio_backend(request):
+    if request.param in ("uvloop", "trio"):
+        needs(request.param)
+    loop = "trio" if request.param == "trio" else "asyncio"
+    return loop, {"use_uvloop": True} if request.param == "uvloop" else {}
+
+
+@pytest.fixture
+def chat(request, anyio_backend):
+    return SYNC if request.node.callspec.params["anyio_backend"] == "sync" else ASYNC
+
+
+@contextlib.asynccontextmanager
+async def own_client(chat, module=httpx, **options):
+    """The caller's own client, of the kind that this way to ask takes."""
+    options = {"verify": NO_TLS} | options  # certificates take their time
+    client = (module.Client if chat is SYNC else module.AsyncClient)(**options)
+    async with Sync(client) if chat is SYNC else client:
+        yield client
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits between attempts, which take no time."""
+    noted = []
+    monkeypatch.setattr(time, "sleep", noted.append)
+    monkeypatch.setattr(anyio, "sleep", functools.partial(call, noted.append))
+    return noted
+
+
+def finished(coroutine):
+    """Run what has nothing to wait for; an event loop for each would take too long."""
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
+async def take(source):
+    """Take a stream, chunks, or what `generate` gives; other errors fail the test."""
+    answer = SimpleNamespace(stream=source, chunks=[], error=None)
+    try:
+        if inspect.isawaitable(source):
+            answer.completion = await source
+        else:
+            async for chunk in source:
+                answer.chunks.append(chunk)
+            whole = accumulate(answer.chunks)
+            answer.completion = getattr(source, "completion", whole)
+    except APIError as error:
+        answer.error, answer.completion = error, error.completion
+    answer.text = "".join(chunk.text for chunk in answer.chunks)
+    return answer
+
+
+async def ask(chat, base_url=None, how="stream", **options):
+    usual = {"base_url": base_url, "timeout": 20}
+    usual |= {} if how == "models" else {"messages": "hi"}
+    return await take(getattr(chat, how)(**usual | options))
+
+
+async def ask_mock(chat, answer, **options):
+    """Ask a function of the request in place of a server."""
+    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+        return await ask(chat, client=own, **options)
+
+
+def ask_sync(base_url=None, **options):
+    return finished(ask(SYNC, base_url, **options))
+
+
+def chunks_in(*pieces, **options):
+    return finished(take(Sync(sse_chat.iter_chunks(pieces, **options))))
+
+
+@contextlib.contextmanager
+def memory(most):
+    """No more than so many bytes are in use at any time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+async def as_async(items):
+    for item in items:
+        yield item
+
+
+async def has_left(server):
+    return await anyio.to_thread.run_sync(server.left.acquire, True, 20)
 
 
 # ---- Server-sent events against the standard, and the names of httpx-sse -------------
-
-
-def as_event(data, event="message", id="", retry=None):
-    return ServerSentEvent(event, data, id, retry)
-
-
-UTF8_BOM = "\ufeff".encode()
 
 
 def by_the_standard(stream, limit=10**9):
@@ -308,11 +543,6 @@ def cuttings(draw, streams):
         places.append([found.start() for found in around])
     at = draw(st.sampled_from([place for place in places if place] or [[0]]))
     return cut(stream, draw(st.just(at) | st.lists(st.sampled_from(at), max_size=8)))
-
-
-async def as_async(items):
-    for item in items:
-        yield item
 
 
 @examples(6)
@@ -713,10 +943,6 @@ def test_an_object_of_arguments_becomes_json():
         assert made.tool_calls[0].function.arguments == '{"a": [1]}'
 
 
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_is_the_same_and_goes_on_alone(copied):
     chunk = chunk_of({"content": "a", "tool_calls": [{"function": {}, "x": 1}]})
@@ -962,169 +1188,6 @@ def test_only_what_may_begin_a_tag_is_held_back():
     assert next(texts) == "e"
 
 
-# ---- Asking: one test for sync code, asyncio, uvloop and trio ------------------------
-
-Truncated = TruncatedStreamError
-Invalid = sse_chat.APIResponseValidationError
-Status = sse_chat.APIStatusError
-Timeout = sse_chat.APITimeoutError
-Unreachable = sse_chat.APIConnectionError
-
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-ENVIRONMENT = re.compile("(?i)OPENAI_.*|OLLAMA_HOST|(HTTPS?|ALL|NO)_PROXY")
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch, caplog):
-    for name in filter(ENVIRONMENT.fullmatch, list(os.environ)):
-        monkeypatch.delenv(name)
-    yield
-    told = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
-    assert [text for text in told if not text.startswith("Executing ")] == []  # slow
-
-
-class Sync:
-    """Anything of sync code with the face of its async twin."""
-
-    def __init__(self, twin):
-        self.twin = twin
-
-    def __getattr__(self, name):
-        value = getattr(self.twin, "close" if name == "aclose" else name)
-        if name in ("aclose", "generate", "models"):
-            return functools.partial(call, value)
-        if callable(value):
-            return lambda *args, **options: Sync(value(*args, **options))
-        return value
-
-    def __aiter__(self):
-        return Sync(iter(self.twin))
-
-    async def __anext__(self):
-        for item in self.twin:
-            return item
-        raise StopAsyncIteration
-
-    async def __aenter__(self):
-        self.twin.__enter__()
-        return self
-
-    async def __aexit__(self, *exception):
-        self.twin.__exit__(*exception)
-
-
-async def call(function, *args, **options):
-    return function(*args, **options)
-
-
-Way = namedtuple("Way", "client stream generate models")
-SYNC = Way("ChatClient", "stream_chat", "generate", "models")
-SYNC = Sync(Way(*(getattr(sse_chat, name) for name in SYNC)))
-ASYNC = Way("AsyncChatClient", "astream_chat", "agenerate", "amodels")
-ASYNC = Way(*(getattr(sse_chat, name) for name in ASYNC))
-MODES = ["sync", "asyncio", "uvloop", "trio"]
-
-
-def pytest_generate_tests(metafunc):
-    """What takes `chat` runs sync as well, all else that is async under each loop."""
-    if "anyio_backend" in metafunc.fixturenames:
-        modes = MODES["chat" not in metafunc.fixturenames :]
-        metafunc.parametrize("anyio_backend", modes, indirect=True)
-
-
-@pytest.fixture
-def anyio_backend(request):
-    if request.param in ("uvloop", "trio"):
-        needs(request.param)
-    loop = "trio" if request.param == "trio" else "asyncio"
-    return loop, {"use_uvloop": True} if request.param == "uvloop" else {}
-
-
-@pytest.fixture
-def chat(request, anyio_backend):
-    return SYNC if request.node.callspec.params["anyio_backend"] == "sync" else ASYNC
-
-
-@contextlib.asynccontextmanager
-async def own_client(chat, module=httpx, **options):
-    """The caller's own client, of the kind that this way to ask takes."""
-    options = {"verify": NO_TLS} | options  # certificates take their time
-    client = (module.Client if chat is SYNC else module.AsyncClient)(**options)
-    async with Sync(client) if chat is SYNC else client:
-        yield client
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """The waits between attempts, which take no time."""
-    noted = []
-    monkeypatch.setattr(time, "sleep", noted.append)
-    monkeypatch.setattr(anyio, "sleep", functools.partial(call, noted.append))
-    return noted
-
-
-def finished(coroutine):
-    """Run what has nothing to wait for; an event loop for each would take too long."""
-    with pytest.raises(StopIteration) as end:
-        coroutine.send(None)
-    return end.value.value
-
-
-async def take(source):
-    """Take a stream, chunks, or what `generate` gives; other errors fail the test."""
-    answer = SimpleNamespace(stream=source, chunks=[], error=None)
-    try:
-        if inspect.isawaitable(source):
-            answer.completion = await source
-        else:
-            async for chunk in source:
-                answer.chunks.append(chunk)
-            whole = accumulate(answer.chunks)
-            answer.completion = getattr(source, "completion", whole)
-    except APIError as error:
-        answer.error, answer.completion = error, error.completion
-    answer.text = "".join(chunk.text for chunk in answer.chunks)
-    return answer
-
-
-async def ask(chat, base_url=None, how="stream", **options):
-    usual = {"base_url": base_url, "timeout": 20}
-    usual |= {} if how == "models" else {"messages": "hi"}
-    return await take(getattr(chat, how)(**usual | options))
-
-
-async def ask_mock(chat, answer, **options):
-    """Ask a function of the request in place of a server."""
-    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
-        return await ask(chat, client=own, **options)
-
-
-def ask_sync(base_url=None, **options):
-    return finished(ask(SYNC, base_url, **options))
-
-
-def chunks_in(*pieces, **options):
-    return finished(take(Sync(sse_chat.iter_chunks(pieces, **options))))
-
-
-def framed(framing, body, broken):
-    """Answer with this body; if `broken`, break off after it."""
-    data, headers = body.data, ""
-    if framing == "gzip":
-        packer = zlib.compressobj(wbits=31)
-        data = packer.compress(data)
-        data += packer.flush(zlib.Z_SYNC_FLUSH if broken else zlib.Z_FINISH)
-        headers = "Content-Encoding: gzip\r\n"
-    answer = chunked(data, end=not broken, headers=headers, kind=body.kind)
-    if framing == "length":
-        answer = http(data, b"?" * broken, kind=body.kind)[: -1 if broken else None]
-    elif framing == "close":
-        answer = HEAD.replace(b"text/event-stream", body.kind.encode()) + data
-    linger = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    reset = (0.02, lambda connection: connection.setsockopt(*linger))
-    return play(answer, reset if broken and framing == "close" else ())
-
-
 # ---- How a stream ends: bodies, and what their reader gets ---------------------------
 
 
@@ -1137,42 +1200,11 @@ def ends(error, *parts, **more):
     return SimpleNamespace(data=b"".join(parts), error=error, **usual | more)
 
 
-def choices(*fields, **more):
-    return sse({"choices": fields} | more)
-
-
-def calls(indices):
-    return event(tool_calls=[{"index": index} | CALL for index in indices])
-
-
-def with_text(text):
-    """A chunk with this text as JSON writes it."""
-    return event("?").replace(b"?", text)
-
-
-CANARY = "sk-canary/7f3a"  # what the errors say, and where it is the key do not say
-CALL = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-SAID = HELLO[:2]  # of an answer that does not end
-ENDING = HELLO[2:]
-ONE_ENDS = event(finish="stop", index=1)
-PING, BOM = b": ping\n\n", b"\xef\xbb\xbf"
-AZURE_FILTER = choices({"filter": {}})
-USAGE_ALONE = choices(usage={"prompt_tokens": 1, "total_tokens": 2})
-FAILED = sse({"error": {"message": CANARY, "type": "server_error", "code": 500}})
-BESIDE = {"error": {"code": 502, "message": CANARY}}  # OpenRouter, beside the choices
-FAILURE = {"finish_reason": "error"}
 OF_999 = {"max_event_bytes": 999}
 FOREIGN = "Wörld 🙂\u2028\ufeff你"
 UNICODE = [*map(event, FOREIGN)]
 ESCAPED = [b"data: %b\n\n" % json.dumps(json.loads(e[6:])).encode() for e in UNICODE]
-MESSAGE = {"role": "assistant", "content": "Hello"}
-WHOLE = {"id": "c", "object": "chat.completion", "model": "m", "created": 2}
-WHOLE["choices"] = [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]
-JSON = json.dumps(WHOLE).encode()
-PAGE = b"<!doctype html><title>Sign in</title>\n"
 NEITHER = {"text": "", "if_broken": Truncated}  # no event stream and no JSON
-
 # An error as servers send it, its code, type and param, and its message if not @ alone
 SHAPES = r"""
 {"error": {"message": "@", "type": "t", "param": "p", "code": "c"}} = ["c", "t", "p"]
@@ -1195,7 +1227,6 @@ ERROR_EVENTS = [  # that only an event stream can hold; | for an end of line
     'error: {"code":400,"message":"@"}||', 'error: {"message":"@"}|', "error: @||",
     'error: {"code":400,"message":"@"}', "error: @", 'error:{"error":"@"}||',
 ]  # fmt: skip
-
 BODIES = {
     "complete": ends(None, *HELLO),
     "finish without [DONE]": ends(None, *HELLO[:3]),
@@ -1272,7 +1303,6 @@ for sent in ERROR_EVENTS:
 for sent, _, _ in (line.partition(" = ") for line in SHAPES):
     BODIES[sent] = ends(APIError, *SAID, f"data: {sent}\n\n".encode(), DONE)
     BODIES[f"JSON: {sent}"] = ends(APIError, sent.encode(), text="")
-
 GOOD_ONES = {name: body for name, body in BODIES.items() if not body.error}
 all_bodies = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 
@@ -1452,25 +1482,9 @@ def test_anything_may_stand_in_any_field(payload, odd):
 
 # ---- Before the first byte; time and size --------------------------------------------
 
-GOOD = chunked(*HELLO)
-GOOD_KEPT = play(GOOD, KEEP)
-MUCH = itertools.repeat(b"x" * 9999)
 MODELS = b'{"data": [{"id": "b"}, {"id": "a"}, {"id": 5}, null]}'
 NO_MODELS = (b"{]", b'{"dat": []}', PAGE, b"", DONE, b'{"data": []}' + b" " * 3000)
 NO_MODELS += (b"".join(HELLO),)
-
-
-def refuse(status, *headers, body=b'{"error": "boom"}'):
-    more = "".join(f"{header}\r\n" for header in ("Connection: close", *headers))
-    return http(body, status=f"{status} No", headers=more, kind="text/html")
-
-
-def encoded(name, body):
-    return http(body, headers=f"Content-Encoding: {name}\r\n")
-
-
-def after(time, *headers):
-    return refuse(429, f"Retry-After: {time}", *headers)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -1574,7 +1588,6 @@ async def test_the_models_of_a_server(chat, waits):
         assert re.match(r"GET /v1/models\?v=1 HTTP(?s:.*)Bearer sk-a\r\n", head)
 
 
-ONE = httpx.Limits(max_connections=1)
 READ, FIRST = {"timeout": 0.5}, {"first_token_timeout": 0.5}
 OWN_READ = {"timeout": httpx.Timeout(9, read=0.5)}
 BOUNDED = {**FIRST}  # in async code alone
@@ -1588,11 +1601,8 @@ PINGS, BLANKS, LINES = (itertools.repeat(b * 9999) for b in (PING, b"\n", b"data
 ERROR_HEAD = b"HTTP/1.1 500 No\r\n\r\n"
 AWAY = "; not following to http://127.0.0.1:9/x with the key"
 ODD_HEADERS = ("X-Cafe: né", "Retry-After: ½", "Content-Encoding: br")
-HELLO_BYTES = b"".join(HELLO)
 BOOM = gzip.compress(b'{"error": "boom"}')
 BOMBS = [gzip.compress(much, 1) for much in (bytes(10**8), b"\n" * 2**22, PING * 2**17)]
-
-
 ENCODED = [encoded(name, HELLO_BYTES) for name in ("", "identity", "br")]
 ENCODED += [encoded(name, gzip.compress(HELLO_BYTES)) for name in ("gzip", "X-GZIP")]
 ENCODED += [encoded("deflate", zlib.compress(HELLO_BYTES))]
@@ -1670,17 +1680,6 @@ async def test_a_stream_ends_and_leaves_its_connection(chat, end):
             assert len(server.heads) == 2
     if options.get("timeout") and error:
         assert type(answer.error.__cause__).__name__ == "ReadTimeout"
-
-
-@contextlib.contextmanager
-def memory(most):
-    """No more than so many bytes are in use at any time."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < most
-    finally:
-        tracemalloc.stop()
 
 
 async def test_connecting_takes_its_own_time(chat, waits):
@@ -1777,10 +1776,6 @@ async def leave(how, make):
                         raise KeyError
                     scope.cancel()
     return stream
-
-
-async def has_left(server):
-    return await anyio.to_thread.run_sync(server.left.acquire, True, 20)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of what is in a cycle
