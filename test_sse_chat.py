@@ -157,7 +157,7 @@ def after(time, *headers):
 CANARY = "sk-canary/7f3a"  # what the errors say, and where it is the key do not say
 DONE = b"data: [DONE]\n\n"
 HELLO = (event("Hel", role="assistant"), event("lo"), event(finish="stop"), DONE)
-SAID = HELLO[:2]  # of an answer that does not end
+BEGUN = HELLO[:2]  # of an answer that does not end
 ENDING = HELLO[2:]
 HELLO_BYTES = b"".join(HELLO)
 ONE_ENDS = event(finish="stop", index=1)
@@ -553,7 +553,7 @@ def cuttings(draw, streams):
 @example([b"", b"data: x\n\n", UTF8_BOM + b"data: y\n\n"], 99)
 @example([b"data: x\n\n", b"data: 1234\r\ndata: 1", b"23\r\n\r\n", b"", b"\n"], 19)
 @example([b"data: x\n\n", b"data: 12\n\n", b"data: x\n\n"], 7)
-def test_any_bytes_cut_anywhere_are_what_the_standard_says(pieces, limit):
+def test_decoders_follow_the_standard_however_bytes_are_cut(pieces, limit):
     """And at once: nothing is held back for what may come. Over the limit all ends."""
     line_decoder, decoder = sse_chat.SSELineDecoder(), SSEDecoder(limit)
     lines, events, stream = [], [], b""
@@ -574,7 +574,7 @@ def test_any_bytes_cut_anywhere_are_what_the_standard_says(pieces, limit):
     assert read == by_the_standard(stream)
 
 
-async def test_async_twins():
+async def test_async_iterators_give_what_their_sync_twins_give():
     pieces = cut(EACH_RULE, [99])
     lines, events, *_ = by_the_standard(EACH_RULE)
     assert list(sse_chat.iter_lines(pieces)) == lines
@@ -599,7 +599,7 @@ LARGE = {
 }
 
 
-def test_an_event_is_a_frozen_value_and_json():
+def test_an_event_is_immutable_and_hashable_and_parses_json():
     event = ServerSentEvent()
     assert repr(event) == "ServerSentEvent(event='message', data='', id='', retry=None)"
     assert {event, as_event(""), as_event("x")} == {event, as_event("x")}
@@ -615,7 +615,7 @@ def test_an_encoded_event_decodes_to_itself(event):
     assert list(iter_sse([b": ping\n\n" + event.encode()])) == [event]
 
 
-def test_encode_writes_what_says_something_and_refuses_what_would_not_come_back():
+def test_encode_omits_defaults_and_refuses_what_cannot_be_decoded():
     assert as_event("").encode() == b"data: \n\n"
     assert as_event("ä\n\nb").encode() == "data: ä\ndata: \ndata: b\n\n".encode()
     whole = b"id: 1\nevent: e\nretry: 0\ndata: x\n\n"
@@ -627,7 +627,7 @@ def test_encode_writes_what_says_something_and_refuses_what_would_not_come_back(
             ServerSentEvent(**values).encode()
 
 
-def test_the_limit():
+def test_an_event_over_the_limit_raises_after_those_before_it():
     """It is 16 MiB unless said otherwise; what came before is given; lines have it."""
     assert len(list(iter_sse([LARGEST, b"\n\n"]))) == 1
     assert len(list(iter_sse([LARGEST, b"\0\n\n"], None))) == 1
@@ -643,7 +643,7 @@ def test_the_limit():
 
 
 @pytest.mark.parametrize(("stream", "most"), LARGE.values(), ids=LARGE)
-def test_time_is_linear_and_memory_that_of_one_event(stream, most):
+def test_decoding_takes_linear_time_and_the_memory_of_one_event(stream, most):
     """Eight times the bytes take eight times as long; 32 on a noisy machine; not 64."""
 
     def seconds(pieces):
@@ -683,7 +683,7 @@ async def events_of(connect, url, **options):
 
 @pytest.mark.parametrize("connect", [connect_sse, sse_chat.aconnect_sse])
 @pytest.mark.parametrize("make", [dict, dict.items, httpx.Headers, lambda mine: None])
-async def test_programs_of_httpx_sse(make, connect):
+async def test_connect_sse_asks_and_gives_as_httpx_sse_does(make, connect):
     """The last event id is that of what was given: who connects again loses nothing."""
     headers, untouched = make(dict(MINE)), make(dict(MINE))
     with serve(http(*NEWS, kind="Text/Event-Stream; charset=utf-8")) as server:
@@ -700,7 +700,7 @@ async def test_programs_of_httpx_sse(make, connect):
 
 
 @pytest.mark.parametrize("connect", [connect_sse, sse_chat.aconnect_sse])
-async def test_what_an_event_source_refuses(connect):
+async def test_an_event_source_refuses_other_types_and_large_events(connect):
     """What is no event stream; and what is over a limit, which it has if asked for."""
     with serve(http(LARGEST, b"\0\n\n")) as server:
         assert len((await events_of(connect, server.url))[1]) == 1
@@ -731,7 +731,7 @@ CONSTANTS = """DEFAULT_BASE_URL DEFAULT_TIMEOUT DEFAULT_MAX_EVENT_BYTES CONNECT_
 MAX_RETRY_AFTER MAX_CHOICES MAX_DEPTH MODELS_TIMEOUT Json Messages"""
 
 
-def test_public_names_and_their_annotations():
+def test_all_lists_the_public_names_and_annotations_resolve():
     imported = {}
     exec("from sse_chat import *", imported)
     assert imported.keys() - {"__builtins__"} == {*PUBLIC, *CONSTANTS.split()}
@@ -745,7 +745,7 @@ def test_public_names_and_their_annotations():
 
 
 @pytest.mark.parametrize("model", CHAT_TYPES, ids=lambda model: model.__qualname__)
-def test_what_was_not_sent_is_none_or_empty(model):
+def test_from_dict_leaves_defaults_where_nothing_was_sent(model):
     hints = typing.get_type_hints(model)
     is_chunk = model is ChatCompletionChunk
     known = SET_DEFAULTS | ({"object": "chat.completion.chunk"} if is_chunk else {})
@@ -813,7 +813,7 @@ def without(value, *names):
 
 
 @given(sent_as(ANSWER_TYPES))
-def test_a_type_holds_what_was_sent(answer):
+def test_from_dict_keeps_every_field(answer):
     model, sent = answer
     made = model.from_dict(sent)
     assert made.raw is sent
@@ -837,14 +837,14 @@ def as_openai_has_it(ours, theirs):
 
 
 @given(sent_as(ANSWER_TYPES))
-def test_openais_types_hold_and_print_the_same(answer):
+def test_types_hold_and_print_the_same_as_openais(answer):
     model, sent = answer[0], without(answer[1], "extra", "timings")
     theirs = getattr(needs("openai.types.chat"), model.__name__).model_validate(sent)
     ours = model.from_dict(sent)
     assert repr(ours) == as_openai_has_it(ours, theirs)
 
 
-def test_what_is_printed_and_compared():
+def test_repr_hides_our_unset_fields_and_raw_is_not_compared():
     assert repr(sse_chat.ChoiceDelta.from_dict({"reasoning": "r", "x": 1})) == (
         "ChoiceDelta(content=None, function_call=None, refusal=None, role=None, "
         "tool_calls=None, reasoning_content='r', extra={'x': 1})"
@@ -864,7 +864,7 @@ ANY_JSON = st.recursive(
 
 @examples(3)
 @given(sent_as(CHAT_TYPES, wrong=ANY_JSON))
-def test_from_dict_takes_any_object(answer):
+def test_from_dict_never_raises(answer):
     model, sent = answer
     before = copy.deepcopy(sent)
     made = model.from_dict(sent)
@@ -878,7 +878,7 @@ def test_from_dict_takes_any_object(answer):
 
 
 @given(sent_for(ChatCompletionChunk.Choice, wrong=ANY_JSON))
-def test_a_chunk_is_refused_for_its_indices_alone(choice):
+def test_only_indices_make_a_chunk_invalid(choice):
     chunk = ChatCompletionChunk.from_dict({"choices": [choice]})
     calls = [choice.delta.tool_calls or [] for choice in chunk.choices]
     indices = {item.index or 0 for item in itertools.chain(chunk.choices, *calls)}
@@ -915,7 +915,9 @@ CHOICES = [
 
 @pytest.mark.parametrize(("said", "text", "reasoning"), CONTENTS)
 @pytest.mark.parametrize("name", ["delta", "message"])
-def test_text_and_reasoning(name, said, text, reasoning):
+def test_text_and_reasoning_are_found_where_servers_put_them(
+    name, said, text, reasoning
+):
     """Where servers put them; and some send a `message` where a `delta` is due."""
     whole = ChatCompletion.from_dict({"choices": [{"message": said}]})
     chunk = ChatCompletionChunk.from_dict({"choices": [{name: said}]})
@@ -926,7 +928,7 @@ def test_text_and_reasoning(name, said, text, reasoning):
 
 
 @pytest.mark.parametrize("kind", ANSWER_TYPES)
-def test_choices(kind):
+def test_a_choice_without_index_has_that_of_its_place(kind):
     """The text of an answer is that of its first choice, the one whose index is 0."""
     sent, read = zip(*CHOICES, strict=True)
     sent = [c | {"message": {"content": f"{n}"}} for n, c in enumerate(sent)]
@@ -936,7 +938,7 @@ def test_choices(kind):
     assert kind.from_dict({"choices": [sent[2]]}).text == kind().text == ""
 
 
-def test_an_object_of_arguments_becomes_json():
+def test_arguments_sent_as_an_object_become_json():
     call = {"index": 0, "function": {"name": "f", "arguments": {"a": [1]}}}
     for kind in (sse_chat.ChoiceDelta, sse_chat.ChatCompletionMessage):
         made = kind.from_dict({"tool_calls": [call]})
@@ -944,7 +946,7 @@ def test_an_object_of_arguments_becomes_json():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_is_the_same_and_goes_on_alone(copied):
+def test_copies_are_equal_and_independent(copied):
     chunk = chunk_of({"content": "a", "tool_calls": [{"function": {}, "x": 1}]})
     values = [error("m", {"a": 1}, 400, "t", "p") for error in ERROR_TYPES]
     assert {(str(error), error.args) for error in values} == {("m", ("m",))}
@@ -965,7 +967,7 @@ def test_a_copy_is_the_same_and_goes_on_alone(copied):
 
 # ---- Accumulating --------------------------------------------------------------------
 
-ENDED_BADLY = """error abort aborted cancelled canceled failed network_error
+FAILURE_WORDS = """error abort aborted cancelled canceled failed network_error
 insufficient_system_resource"""
 CUT_ANYWHERE = {"content", "reasoning_content", "refusal", "arguments"}
 IN_CHUNKS = {"message": "delta"}
@@ -1054,7 +1056,7 @@ TOOL_CALLS = {
 
 @pytest.mark.parametrize(("chunks", "calls"), TOOL_CALLS.values(), ids=TOOL_CALLS)
 @pytest.mark.parametrize("unset", ["", None], ids=["empty", "missing"])
-def test_tool_calls(chunks, calls, unset):
+def test_pieces_of_tool_calls_are_joined(chunks, calls, unset):
     def piece(text):
         index, *rest = text.split("|")
         id, name, arguments = (part or unset for part in rest)
@@ -1068,7 +1070,7 @@ def test_tool_calls(chunks, calls, unset):
     assert {call.type for call in made} == {"function"}
 
 
-def test_what_is_unknown_is_merged():
+def test_unknown_fields_are_merged():
     """In a message dicts and lists grow; of all else the latest stays, but null."""
     extras = [{"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}, {"a": None}]
     deltas = [extra | {"tool_calls": [{"index": 0} | extra]} for extra in extras]
@@ -1079,7 +1081,7 @@ def test_what_is_unknown_is_merged():
     assert {name: completion.raw[name] for name in "ab"} == {"a": 2, "b": {"c": [2]}}
 
 
-def test_of_head_and_endings_the_first_counts_and_of_usage_the_latest():
+def test_the_first_id_and_ending_and_the_latest_usage_count():
     """Azure's first chunk has no head; LiteLLM gives each chunk another id.
 
     What follows the end of a choice, usage or a filter's verdict, has no reason.
@@ -1099,7 +1101,7 @@ def test_of_head_and_endings_the_first_counts_and_of_usage_the_latest():
 
 
 def test_a_choice_that_failed_has_no_finish_reason():
-    for word in ENDED_BADLY.split():
+    for word in FAILURE_WORDS.split():
         for reason, shown in ((word, None), (word.upper(), None), (f"{word}s",) * 2):
             made = accumulate([chunk_of({}, finish_reason=reason)])
             assert made.choices[0].finish_reason == shown
@@ -1111,7 +1113,7 @@ def levels(number):
 
 SAME_INDEX = [{"index": 0, "id": str(number)} for number in range(1025)]
 # How many there may be, and a chunk of so many
-NO_MORE_THAN = [
+LIMITS = [
     (1023, lambda n: {"choices": [{"index": n}]}),
     (1023, lambda n: {"choices": [{"delta": {"tool_calls": [{"index": n}]}}]}),
     (0, lambda n: {"choices": [{"index": -n}]}),
@@ -1128,8 +1130,8 @@ NO_MORE_THAN = [
 ]
 
 
-@pytest.mark.parametrize(("most", "sent"), NO_MORE_THAN)
-def test_what_no_answer_has_is_refused(most, sent):
+@pytest.mark.parametrize(("most", "sent"), LIMITS)
+def test_accumulating_refuses_more_than_the_limits(most, sent):
     accumulator = ChatAccumulator()
     for chunk in ({"choices": [{"delta": {"x": {"a": 1}}}]}, sent(most)):
         accumulator.add(ChatCompletionChunk.from_dict(chunk))
@@ -1175,7 +1177,7 @@ TAGS = st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", "/", "A", " ",
 @example(["<THINK> <think>a"], "")
 @example(["<think></ </</think>b", "\n<thi"], "")
 @example(["<think>a</thi"], "")
-def test_thinking_is_the_same_however_cut(pieces, begin):
+def test_thinking_is_split_off_however_texts_are_cut(pieces, begin):
     whole = by_the_rule(begin + "".join(pieces))
     assert thought_and_said([*begin, *pieces]) == whole
 
@@ -1230,8 +1232,8 @@ ERROR_EVENTS = [  # that only an event stream can hold; | for an end of line
 BODIES = {
     "complete": ends(None, *HELLO),
     "finish without [DONE]": ends(None, *HELLO[:3]),
-    "[DONE] without finish": ends(None, *SAID, DONE, finish=None),
-    "[DONE] without space": ends(None, *SAID, b"data:[DONE]\n\n", finish=None),
+    "[DONE] without finish": ends(None, *BEGUN, DONE, finish=None),
+    "[DONE] without space": ends(None, *BEGUN, b"data:[DONE]\n\n", finish=None),
     "[DONE] alone": ends(Invalid, DONE, text="", says="no answer"),
     "[DONE] after usage": ends(Invalid, USAGE_ALONE, DONE, text="", says="no answer"),
     "no text": ends(None, event(role="assistant"), DONE, text="", finish=None),
@@ -1244,27 +1246,27 @@ BODIES = {
     "BOM, CRLF": ends(None, BOM, *(p.replace(b"\n", b"\r\n") for p in HELLO)),
     "tools": ends(None, event("Hello", reasoning="hm"), calls([0, 0, 1]), *ENDING),
     "message for delta": ends(None, choices({"message": MESSAGE}), *ENDING),
-    "two choices, one ended": ends(Truncated, *SAID, event("x", index=1), ONE_ENDS),
-    "n=2": ends(None, *SAID, ONE_ENDS, HELLO[2], options={"n": 2}),
+    "two choices, one ended": ends(Truncated, *BEGUN, event("x", index=1), ONE_ENDS),
+    "n=2": ends(None, *BEGUN, ONE_ENDS, HELLO[2], options={"n": 2}),
     "n=2, one begun": ends(Truncated, *HELLO[:3], finish="stop", options={"n": 2}),
-    "n=2, one begun, [DONE]": ends(None, *SAID, DONE, finish=None, options={"n": 2}),
-    "cut": ends(Truncated, *SAID),
-    "cut in an event": ends(Truncated, *SAID, HELLO[2][:-40]),
-    'finish_reason ""': ends(Truncated, *SAID, event(finish="")),
-    "Ollama's erased error": ends(Truncated, *SAID, choices({"index": 0}, model="")),
-    "error null": ends(None, *SAID, choices(error=None), *ENDING),
-    "error": ends(APIError, *SAID, FAILED),
-    "error, finish, [DONE]": ends(APIError, *SAID, FAILED, *ENDING),
+    "n=2, one begun, [DONE]": ends(None, *BEGUN, DONE, finish=None, options={"n": 2}),
+    "cut": ends(Truncated, *BEGUN),
+    "cut in an event": ends(Truncated, *BEGUN, HELLO[2][:-40]),
+    'finish_reason ""': ends(Truncated, *BEGUN, event(finish="")),
+    "Ollama's erased error": ends(Truncated, *BEGUN, choices({"index": 0}, model="")),
+    "error null": ends(None, *BEGUN, choices(error=None), *ENDING),
+    "error": ends(APIError, *BEGUN, FAILED),
+    "error, finish, [DONE]": ends(APIError, *BEGUN, FAILED, *ENDING),
     "finish, error, [DONE]": ends(APIError, *HELLO[:3], FAILED, DONE, finish="stop"),
-    "error without blank line": ends(APIError, *SAID, FAILED.rstrip()),
-    "error in escapes": ends(APIError, *SAID, FAILED.replace(b"/", rb"\/"), DONE),
+    "error without blank line": ends(APIError, *BEGUN, FAILED.rstrip()),
+    "error in escapes": ends(APIError, *BEGUN, FAILED.replace(b"/", rb"\/"), DONE),
     "half a character": ends(APIError, FAILED.replace(b"500", rb'"\ud83d"'), text=""),
-    "error beside a choice": ends(APIError, *SAID, choices({}, **BESIDE)),
-    "error beside a failure": ends(APIError, *SAID, choices(FAILURE, **BESIDE), DONE),
-    "not JSON": ends(Invalid, *SAID, b"data: oops\0\xff\n\n", says=r"oops\\x00\ufffd"),
-    "not JSON, long": ends(Invalid, *SAID, b"data:", b"x" * 999, b"\n\n", says="x{99}"),
-    "no object": ends(Invalid, *SAID, b"data: 17\n\n", DONE, says="17"),
-    "too large": ends(Invalid, *SAID, event("x" * 999), says="999", options=OF_999),
+    "error beside a choice": ends(APIError, *BEGUN, choices({}, **BESIDE)),
+    "error beside a failure": ends(APIError, *BEGUN, choices(FAILURE, **BESIDE), DONE),
+    "not JSON": ends(Invalid, *BEGUN, b"data: oops\0\xff\n\n", says=r"oops\\x00\ufffd"),
+    "a long line": ends(Invalid, *BEGUN, b"data:", b"x" * 999, b"\n\n", says="x{99}"),
+    "no object": ends(Invalid, *BEGUN, b"data: 17\n\n", DONE, says="17"),
+    "too large": ends(Invalid, *BEGUN, event("x" * 999), says="999", options=OF_999),
     "JSON by header": ends(None, JSON, kind="application/json"),
     "JSON by first byte": ends(None, JSON),
     "JSON after blank lines": ends(None, b"\n", b"\r\n  \n", JSON, b"\n"),
@@ -1282,26 +1284,26 @@ BODIES = {
     "HTML": ends(Invalid, PAGE, says="Sign in", kind="text/html", **NEITHER),
     "empty": ends(Invalid, says="empty", kind="text/x-empty", **NEITHER),
     "blank": ends(Invalid, b"\n\n", says="empty", **NEITHER),
-    "choice 1023": ends(None, *SAID, event(finish="x", index=1023), *ENDING),
-    "choice 1024": ends(Invalid, *SAID, event(index=1024), DONE, says="1024"),
-    "choice -1": ends(Invalid, *SAID, event(index=-1), DONE, says="-1"),
+    "choice 1023": ends(None, *BEGUN, event(finish="x", index=1023), *ENDING),
+    "choice 1024": ends(Invalid, *BEGUN, event(index=1024), DONE, says="1024"),
+    "choice -1": ends(Invalid, *BEGUN, event(index=-1), DONE, says="-1"),
     "tool call 1023": ends(None, calls([1023]), *HELLO),
-    "tool call 1024": ends(Invalid, *SAID, calls([1024]), DONE, says="1024"),
-    "tool call -1": ends(Invalid, *SAID, calls([-1]), DONE, says="-1"),
+    "tool call 1024": ends(Invalid, *BEGUN, calls([1024]), DONE, says="1024"),
+    "tool call -1": ends(Invalid, *BEGUN, calls([-1]), DONE, says="-1"),
     "odd tool calls": ends(None, calls(["x", None, 0.5, [], {}, True]), *HELLO),
     "a key twice": ends(None, with_text(b'a", "content": "b'), *HELLO, text="bHello"),
     "bad UTF-8": ends(None, with_text(b"\xff\xc3"), *HELLO, text="\ufffd\ufffdHello"),
     "keys of ours": ends(None, event(extra=1, __class__=3), choices(raw=4), *HELLO),
 }  # fmt: skip
-for reason in [*ENDED_BADLY.split(), "ERROR", "Network_Error"]:
-    BODIES[reason] = ends(Truncated, *SAID, event(finish=reason), DONE, says=reason)
+for reason in [*FAILURE_WORDS.split(), "ERROR", "Network_Error"]:
+    BODIES[reason] = ends(Truncated, *BEGUN, event(finish=reason), DONE, says=reason)
 for reason in ("stop", "length", "tool_calls", "content_filter", "STOP", "errors"):
-    BODIES[reason] = ends(None, *SAID, event(finish=reason), DONE, finish=reason)
+    BODIES[reason] = ends(None, *BEGUN, event(finish=reason), DONE, finish=reason)
 for sent in ERROR_EVENTS:
     data = sent.replace("|", "\n").replace("@", CANARY).encode()
-    BODIES[sent] = ends(APIError, *SAID, data)
+    BODIES[sent] = ends(APIError, *BEGUN, data)
 for sent, _, _ in (line.partition(" = ") for line in SHAPES):
-    BODIES[sent] = ends(APIError, *SAID, f"data: {sent}\n\n".encode(), DONE)
+    BODIES[sent] = ends(APIError, *BEGUN, f"data: {sent}\n\n".encode(), DONE)
     BODIES[f"JSON: {sent}"] = ends(APIError, sent.encode(), text="")
 GOOD_ONES = {name: body for name, body in BODIES.items() if not body.error}
 all_bodies = pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -1327,7 +1329,7 @@ async def check_end(answer):
 
 
 @all_bodies
-async def test_how_an_answer_ends(chat, body):
+async def test_every_body_ends_as_its_row_says(chat, body):
     """As a stream, as one in single bytes, and in answer to `generate`."""
     at_once = chunked(body.data, kind=body.kind)
     bytewise = chunked(*cut(body.data, range(len(body.data))), kind=body.kind)
@@ -1355,7 +1357,7 @@ async def test_how_an_answer_ends(chat, body):
 
 
 @all_bodies
-def test_an_answer_ends_the_same_in_any_framing(body):
+def test_every_body_ends_the_same_in_any_framing(body):
     """And without HTTP. The key, which the server may say, is in no error."""
     if "n" not in body.options:
         check(chunks_in(body.data, **body.options), body)
@@ -1374,7 +1376,7 @@ def test_an_answer_ends_the_same_in_any_framing(body):
 
 
 @pytest.mark.parametrize("body", GOOD_ONES.values(), ids=GOOD_ONES)
-def test_no_answer_is_whole_before_its_end(body):
+def test_an_answer_is_not_whole_before_its_end(body):
     """That is the line of its last reason, or of [DONE]."""
     last = body.data.rfind(b'_reason": "' if body.finish else b"[DONE]")
     end = re.compile(rb"[\r\n]|$").search(body.data, max(last, 0)).start()
@@ -1424,7 +1426,7 @@ HARM = st.tuples(st.integers(0, 400), st.integers(0, 2), PUT)
 
 @examples(2)
 @given(st.data(), st.sampled_from([b"", BOM]), LINES_SENT, st.lists(HARM, max_size=2))
-def test_any_stream_ends_as_the_table_says(data, start, parts, harm):
+def test_any_stream_of_choices_ends_as_the_table_says(data, start, parts, harm):
     """With comments, unknown fields, blank lines, any line ends; damaged; cut."""
     rest = bytearray(b"".join(map(b"".join, parts)))
     for at, length, put in harm:
@@ -1458,7 +1460,7 @@ FULL_CHUNK["choices"] = [ENDED | {"delta": FULL_DELTA}]
 
 @pytest.mark.parametrize("odd", ODD_JSON, ids=lambda odd: odd[:6])
 @pytest.mark.parametrize("payload", [FULL_CHUNK, FULL_ERROR, FULL_WHOLE], ids=len)
-def test_anything_may_stand_in_any_field(payload, odd):
+def test_any_json_in_any_field_raises_nothing_unexpected(payload, odd):
     in_json, text = payload is FULL_WHOLE, json.dumps(payload)
     for found in re.finditer(r'"(\w+)": |\[(?!\])', text):  # each field and item
         _, end = json.JSONDecoder().raw_decode(text, found.end())
@@ -1488,7 +1490,7 @@ NO_MODELS += (b"".join(HELLO),)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_error_of_any_shape_is_told(shape):
+def test_an_error_of_any_shape_has_its_message_and_code(shape):
     sent, _, found = shape.partition(" = ")
     code, kind, param, *message = json.loads(found)
     data = sent.encode()
@@ -1512,7 +1514,7 @@ NO_TIME = ("soon", "-5", "nan", "inf", "-inf", "1e999", "9" * 400, "Mon, 99 Foo 
 AGAIN = (408, 409, 429, 500, 502, 503, 504, 529)
 BACKOFF = (0.375, 0.5)
 TODAY, http_date = 1_700_000_000, functools.partial(formatdate, usegmt=True)
-TRIED = [  # answers, options; the error, the requests, the first wait
+ATTEMPTS = [  # answers, options; the error, the requests, the first wait
     *(([refuse(status), GOOD], {}, None, 2, BACKOFF) for status in AGAIN),
     *(([refuse(n, MOVED)], {}, Status, 1, None) for n in (304, 307, 400, 404, 422)),
     ([refuse(201)], {}, APIError, 1, None),
@@ -1534,10 +1536,12 @@ TRIED = [  # answers, options; the error, the requests, the first wait
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tried", TRIED)
-async def test_what_is_tried_again(chat, waits, monkeypatch, tried):
+@pytest.mark.parametrize("attempts", ATTEMPTS)
+async def test_failed_attempts_are_retried_after_their_waits(
+    chat, waits, monkeypatch, attempts
+):
     monkeypatch.setattr(time, "time", lambda: TODAY)
-    answers, options, error, requests, first = tried
+    answers, options, error, requests, first = attempts
     with serve(in_turn(*answers)) as server:
         answer = await ask(chat, server.url, **options)
     assert type(answer.error) is (error or NoneType)
@@ -1551,7 +1555,7 @@ async def test_what_is_tried_again(chat, waits, monkeypatch, tried):
         assert (waits or [answer.error.retry_after])[0] == first
 
 
-async def test_advice(chat, waits):
+async def test_errors_say_what_to_do(chat, waits):
     """What to do stands beside what the server said."""
     with serve(in_turn(refuse(404), refuse(404), refuse(401))) as server:
         hint = "base_url that ends in /v1"
@@ -1566,7 +1570,7 @@ async def test_advice(chat, waits):
     assert type(error.__cause__).__name__ == "ConnectError"
 
 
-async def test_kept_connections_that_are_dead_do_not_show(chat):
+async def test_a_dead_kept_connection_is_replaced_unnoticed(chat):
     """The server promises to keep them, and closes each 1 ms after its answer."""
     with serve(play(GOOD, 0.001)) as server:
         async with chat.client(base_url=server.url, max_retries=0) as client:
@@ -1577,7 +1581,7 @@ async def test_kept_connections_that_are_dead_do_not_show(chat):
     assert server.connections == 400
 
 
-async def test_the_models_of_a_server(chat, waits):
+async def test_models_lists_the_names(chat, waits):
     with serve(in_turn(http(MODELS), refuse(503), http(MODELS))) as server:
         options = {"base_url": f"{server.url}/chat/completions?v=1", "api_key": "sk-a"}
         assert await chat.models(**options) == ["b", "a"]
@@ -1608,14 +1612,14 @@ ENCODED += [encoded(name, gzip.compress(HELLO_BYTES)) for name in ("gzip", "X-GZ
 ENCODED += [encoded("deflate", zlib.compress(HELLO_BYTES))]
 LIST = {"how": "models", "max_event_bytes": 2000}
 LATE_END = play(chunked(*HELLO, end=False), 0.05, b"5\r\n: end\r\n0\r\n\r\n", KEEP)
-ENDS = [  # what a server does, options; the error, its words, text before it
+SERVERS = [  # what a server does, options; the error, its words, text before it
     # Silence: before the first token nothing is lost; after it, the answer is cut.
     ([(GONE,), (HEAD[:20], GONE)], READ, Timeout, "waiting for the answer", ""),
     ([(HEAD, more, GONE) for more in (b"", PING, EMPTY)], READ, Timeout, NO_TOKEN, ""),
     ([(HEAD, token, GONE) for token in TOKENS], READ, Truncated, "0.5 s", ""),
-    ([(HEAD, SAID, GONE)], OWN_READ, Truncated, "0.5 s", "Hello"),
+    ([(HEAD, BEGUN, GONE)], OWN_READ, Truncated, "0.5 s", "Hello"),
     ([(HEAD, HELLO[:3], GONE)], READ, None, "", "Hello"),
-    ([(HEAD, SAID, (PING, 0.1) * 8, ENDING)], READ, None, "", "Hello"),
+    ([(HEAD, BEGUN, (PING, 0.1) * 8, ENDING)], READ, None, "", "Hello"),
     # The first token has a time of its own; what comes in its place does not count.
     ([(GONE,), (HEAD, GONE), (HEAD, ALIVE), (HEAD, PINGS)], FIRST, Timeout, LATE, ""),
     ([(HEAD, EMPTY, ALIVE)], FIRST, Timeout, LATE, ""),
@@ -1633,8 +1637,8 @@ ENDS = [  # what a server does, options; the error, its words, text before it
     ([(HEAD, LINES), (HEAD, BLANKS)], LIMITED, Invalid, "65536", ""),
     ([(HEAD, b"<p>", MUCH)], {}, Invalid, "<p>", ""),
     # Ends at which the server may not close.
-    ([(HEAD, SAID, FAILED, GONE)], {}, APIError, CANARY, "Hello"),
-    ([(HEAD, SAID, b"data: {\n\n", GONE)], {}, Invalid, "{", "Hello"),
+    ([(HEAD, BEGUN, FAILED, GONE)], {}, APIError, CANARY, "Hello"),
+    ([(HEAD, BEGUN, b"data: {\n\n", GONE)], {}, Invalid, "{", "Hello"),
     # Statuses, with advice; headers and bodies that hide nothing.
     ([(refuse(500), KEEP), (refuse(404), KEEP)], {}, Status, "boom", ""),
     ([(refuse(401),), (refuse(403),)], {}, Status, "OPENAI_API_KEY", ""),
@@ -1658,8 +1662,8 @@ ENDS = [  # what a server does, options; the error, its words, text before it
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("end", [(s, *rest) for steps, *rest in ENDS for s in steps])
-async def test_a_stream_ends_and_leaves_its_connection(chat, end):
+@pytest.mark.parametrize("end", [(s, *rest) for steps, *rest in SERVERS for s in steps])
+async def test_every_end_leaves_the_connection_free(chat, end):
     """The client has one connection, and the stream is kept."""
     steps, options, error, says, text = end
     if chat is SYNC and options is BOUNDED:
@@ -1682,7 +1686,7 @@ async def test_a_stream_ends_and_leaves_its_connection(chat, end):
         assert type(answer.error.__cause__).__name__ == "ReadTimeout"
 
 
-async def test_connecting_takes_its_own_time(chat, waits):
+async def test_a_connect_timeout_is_retried(chat, waits):
     def answer(request):
         raise httpx.ConnectTimeout("")
 
@@ -1691,16 +1695,16 @@ async def test_connecting_takes_its_own_time(chat, waits):
     assert "connecting" in str(error)
 
 
-async def test_retries_end_when_the_first_token_is_late(chat):
+async def test_first_token_timeout_ends_retries(chat):
     with serve(play(after(0.05), KEEP)) as server:
         error = (await ask(chat, server.url, max_retries=10**6, **FIRST)).error
     assert type(error) in (Status, Timeout)
 
 
 @pytest.mark.parametrize("first", [GOOD_KEPT, play(http(JSON), KEEP), LATE_END])
-async def test_after_the_end_the_connection_is_used_again(chat, first):
+async def test_a_connection_is_used_again_after_the_end(chat, first):
     """And the time for the first token of one is not that of the next."""
-    slow = play(HEAD, SAID, (PING, 0.1) * 12, ENDING)
+    slow = play(HEAD, BEGUN, (PING, 0.1) * 12, ENDING)
     with serve(in_turn(first, first, first, slow)) as server:
         async with chat.client(base_url=server.url, first_token_timeout=0.8) as client:
             assert "".join([t async for t in client.stream("hi").text()]) == "Hello"
@@ -1709,7 +1713,7 @@ async def test_after_the_end_the_connection_is_used_again(chat, first):
         assert server.connections == 1
 
 
-async def test_limits_may_be_long_but_that_to_connect(chat):
+async def test_timeouts_reach_httpx(chat):
     limits = [(3, 3), (600, 5), (1e10, 5), (math.inf, 5), (None, None)]
     with serve(in_turn(refuse(503, "Retry-After: 0"), GOOD)) as server:
         for timeout, connect in [*limits, (httpx.Timeout(7), 7)]:
@@ -1735,7 +1739,7 @@ LARGE_ANSWERS = [  # the parts of a large answer, and what becomes of it
 
 
 @pytest.mark.parametrize(("parts", "error"), LARGE_ANSWERS)
-def test_a_large_answer_takes_what_its_size_does(parts, error):
+def test_a_large_answer_takes_memory_as_its_size(parts, error):
     body = b"".join([*parts, *HELLO])
     with memory(50e6 + 20 * len(body)):
         answer = chunks_in(body)
@@ -1747,7 +1751,7 @@ def test_a_large_answer_takes_what_its_size_does(parts, error):
 # ---- The life of a stream: it is kept, or garbage collection would close it ----------
 
 ENDLESS = itertools.repeat((event("x"), 0.01))
-WAYS = ("break", "break text", "raise", "cancel", "task", "cycle")
+LEAVING = ("break", "break text", "raise", "cancel", "task", "cycle")
 
 
 async def leave(how, make):
@@ -1780,10 +1784,10 @@ async def leave(how, make):
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of what is in a cycle
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("how", WAYS)
-async def test_who_leaves_ends_the_answer(chat, anyio_backend, how, shared):
+@pytest.mark.parametrize("how", LEAVING)
+async def test_leaving_a_stream_closes_its_connection(chat, anyio_backend, how, shared):
     """Over one connection each stream begins only when the one before is closed."""
-    if how in WAYS[3 if chat is SYNC else 4 if anyio_backend[0] == "trio" else 6 :]:
+    if how in LEAVING[3 if chat is SYNC else 4 if anyio_backend[0] == "trio" else 6 :]:
         pytest.skip("sync code has no cancelling, trio no tasks, nor help for cycles")
     kept = []
     with serve(play(HEAD, ENDLESS)) as server:
@@ -1801,8 +1805,8 @@ async def test_who_leaves_ends_the_answer(chat, anyio_backend, how, shared):
 
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
-@pytest.mark.parametrize("steps", [(), (HEAD,), (HEAD, SAID)])
-async def test_who_waits_is_woken(chat, steps, how):
+@pytest.mark.parametrize("steps", [(), (HEAD,), (HEAD, BEGUN)])
+async def test_closing_and_cancelling_wake_the_reader(chat, steps, how):
     """By who closes the stream in another thread or task; by cancelling or Ctrl-C."""
     if (chat, steps, how) == (SYNC, (), "close"):
         pytest.skip("httpx has no response yet that could be closed")
@@ -1822,10 +1826,10 @@ async def test_who_waits_is_woken(chat, steps, how):
         with pytest.raises(Truncated, match="closed here"):
             await anext(stream)
         assert how == "cancel" or "closed here" in str(answer.error)
-        assert stream.completion.text == "Hello" * (SAID in steps)
+        assert stream.completion.text == "Hello" * (BEGUN in steps)
 
 
-async def test_a_stream_is_read_as_far_as_it_is_asked_for(chat):
+async def test_a_stream_is_read_only_as_far_as_it_is_iterated(chat):
     with serve(GOOD) as server:
         options = {"base_url": server.url}
         unread, closed, stream = (chat.stream("hi", **options) for _ in range(3))
@@ -1861,7 +1865,7 @@ async def test_text_holds_back_half_a_character_and_no_more(chat):
         assert [t async for t in text] == ["a", "🙂b", "\ufffdc", "\ufffd", "\ufffd"]
 
 
-async def test_a_client_closes_what_is_its_own(chat, waits):
+async def test_a_client_closes_only_its_own_pool(chat, waits):
     with serve(in_turn(GOOD_KEPT, GOOD_KEPT, b"")) as server:
         async with own_client(chat) as own:
             for client in (own, None):
@@ -1877,7 +1881,7 @@ async def test_a_client_closes_what_is_its_own(chat, waits):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 async def test_a_forked_child_does_not_end_its_parents_stream(chat):
     child_has_ended = threading.Event()
-    with serve(play(HEAD, SAID, lambda _: child_has_ended.wait(30), ENDING)) as server:
+    with serve(play(HEAD, BEGUN, lambda _: child_has_ended.wait(30), ENDING)) as server:
         stream = chat.stream("hi", base_url=server.url)
         assert (await anext(stream)).text == "Hel"
         if (child := os.fork()) == 0:
@@ -1892,11 +1896,11 @@ async def test_a_forked_child_does_not_end_its_parents_stream(chat):
 
 
 # What a server does, and how the stream ends
-KINDS = {"good": (GOOD_KEPT, None), "JSON": (play(http(JSON), KEEP), None)}
-KINDS |= {"slow": (play(HEAD, event("x") * 99, GONE), Truncated)}
-KINDS |= {"failing": (play(HEAD, SAID, FAILED, GONE), APIError)}
-KINDS |= {"refusing": (play(refuse(400), KEEP), Status)}
-KINDS |= {"cut": (chunked(*SAID, end=False), Truncated), "gone": (b"", Unreachable)}
+OUTCOMES = {"good": (GOOD_KEPT, None), "JSON": (play(http(JSON), KEEP), None)}
+OUTCOMES |= {"slow": (play(HEAD, event("x") * 99, GONE), Truncated)}
+OUTCOMES |= {"failing": (play(HEAD, BEGUN, FAILED, GONE), APIError)}
+OUTCOMES |= {"refusing": (play(refuse(400), KEEP), Status)}
+OUTCOMES |= {"cut": (chunked(*BEGUN, end=False), Truncated), "gone": (b"", Unreachable)}
 
 
 class Streams(stateful.RuleBasedStateMachine):
@@ -1915,9 +1919,9 @@ class Streams(stateful.RuleBasedStateMachine):
         own = enter(self.portal.wrap_async_context_manager(own))
         self.options = {"base_url": self.server.url, "client": own, "max_retries": 0}
 
-    @stateful.rule(target=streams, kind=st.sampled_from(sorted(KINDS)))
+    @stateful.rule(target=streams, kind=st.sampled_from(sorted(OUTCOMES)))
     def open(self, kind):
-        it = SimpleNamespace(kind=kind, ends={KINDS[kind][1]}, open=False)
+        it = SimpleNamespace(kind=kind, ends={OUTCOMES[kind][1]}, open=False)
         it.stream = self.chat.stream("hi", timeout=5, **self.options)
         self.kept.append(it)
         return it
@@ -1926,7 +1930,7 @@ class Streams(stateful.RuleBasedStateMachine):
     def take(self, it, how):
         if not it.open and sum(other.open for other in self.kept) == 3:
             return  # it would wait for a connection
-        self.answer, it.open = in_turn(KINDS[it.kind][0]), False
+        self.answer, it.open = in_turn(OUTCOMES[it.kind][0]), False
         within = it.stream if how == "with" else contextlib.nullcontext()
         chunks = it.stream.text() if how == "text" else it.stream
         try:
@@ -2023,7 +2027,7 @@ async def test_http2_streams_share_a_connection(chat):
 
 
 async def test_closing_wakes_a_reader_over_http2():
-    async with http2(ASYNC, *SAID, end=False) as (_, options):
+    async with http2(ASYNC, *BEGUN, end=False) as (_, options):
         stream = sse_chat.astream_chat("hi", **options)
 
         async def close():
@@ -2046,7 +2050,7 @@ async def test_http2_streams_that_are_reset_are_asked_for_again(chat, waits):
 
 async def test_a_hundred_http2_streams_do_not_make_the_next_spin(chat):
     """They are left in sync code, where httpx waits for a place without end."""
-    async with http2(chat, *SAID, end=False) as (server, options):
+    async with http2(chat, *BEGUN, end=False) as (server, options):
         kept = [chat.stream("hi", **options) for _ in range(100)]
         for stream in kept:
             assert (await anext(stream)).text == "Hel"
@@ -2059,7 +2063,7 @@ async def test_a_hundred_http2_streams_do_not_make_the_next_spin(chat):
         assert len(server.heads) <= 100 + 4
 
 
-async def test_tls(chat):
+async def test_streams_over_tls(chat):
     """The life of a stream is the same; who is not trusted is not asked."""
     authority = needs("trustme").CA()
     speaking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2094,7 +2098,7 @@ ECHOES = {  # what may hold the secret
     "content type": http(b"<p>", kind=f"text/html; {CANARY}"),
     "no HTTP": KEY + b"\r\n\r\n",
     "no chunk": HEAD[:-2] + b"Transfer-Encoding: chunked\r\n\r\n" + KEY,
-    "cut": chunked(*SAID, end=False),
+    "cut": chunked(*BEGUN, end=False),
     "timeout": play(HEAD, GONE),
     "too large": chunked(b"data: " + KEY * 1000),
     **{f"{n} before": chunked(b"data: " + b"x" * n + KEY) for n in range(184, 200, 4)},
@@ -2137,7 +2141,7 @@ async def test_no_secret_is_in_any_error(chat, caplog, secret, answer):
     assert CANARY in server.heads[0] or login in server.heads[0]
 
 
-async def test_taking_keys_out_garbles_no_error(chat):
+async def test_redacting_keys_changes_nothing_else(chat):
     for key, said, shown in (
         ('sk-"canary"\\/7', 'bad sk-"canary"\\/7!', r"bad [^7]+!"),  # parsed, then cut
         ("null", "null", "null"),  # what is short is no secret
@@ -2151,7 +2155,7 @@ async def test_taking_keys_out_garbles_no_error(chat):
         assert "canary" not in everything(error)
 
 
-def test_which_key_is_sent(monkeypatch):
+def test_the_most_specific_key_is_sent(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " sk-env\n")
     basic = "Basic " + base64.b64encode(b"us@er:p:w").decode()
     headers = {"Authorization": "Bearer sk-own"}
@@ -2184,7 +2188,7 @@ ASKED = {  # base URL: where "chat/completions" is put
 
 
 @pytest.mark.parametrize("base_url", ASKED)
-async def test_base_urls(chat, monkeypatch, base_url):
+async def test_base_urls_in_every_form(chat, monkeypatch, base_url):
     def answer(request):
         assert (request.method, str(request.url)) == ("POST", url)
         return httpx.Response(200, stream=httpx.ByteStream(HELLO_BYTES))
@@ -2195,7 +2199,7 @@ async def test_base_urls(chat, monkeypatch, base_url):
     assert (await ask_mock(chat, answer)).text == "Hello"
 
 
-async def test_what_is_sent(chat, monkeypatch):
+async def test_a_request_has_the_options_of_call_and_client(chat, monkeypatch):
     """The options of a call come before those of its client."""
     odd = ASKING | {"content": "你好 \ud83d"}
     talk = (odd, ChatCompletion.from_dict(WHOLE).choices[0].message)
@@ -2234,7 +2238,7 @@ BAD_KEYS = ("sk\n-canary", "sk-cänary", "sk-canary\0", "sk-c\u2028nary")
 UNFIT = (math.nan, 0, -1, -math.inf)
 OPENAI = {"http_client": "client", "extra_body": "keyword", "extra_query": "base_url"}
 OPENAI |= dict.fromkeys(("extra_headers", "default_headers", "organization"), "headers")
-WRONG = [  # options, the error, and what it says
+INVALID_OPTIONS = [  # options, the error, and what it says
     *(({"base_url": url}, ValueError, "http://localhost:11434/v1") for url in URLS),
     *(({"api_key": key}, ValueError, "key") for key in BAD_KEYS),
     *(({"headers": {"Authorization": key}}, ValueError, "key") for key in BAD_KEYS),
@@ -2250,8 +2254,8 @@ WRONG = [  # options, the error, and what it says
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "error", "says"), WRONG)
-async def test_what_cannot_be_asked(chat, options, error, says):
+@pytest.mark.parametrize(("options", "error", "says"), INVALID_OPTIONS)
+async def test_invalid_options_raise_at_once(chat, options, error, says):
     wrong_kind = httpx.AsyncClient() if chat is SYNC else httpx.Client()
     for make in (functools.partial(chat.stream, "hi"), chat.client):
         with pytest.raises(error, match=says) as told:
@@ -2264,7 +2268,7 @@ async def test_what_cannot_be_asked(chat, options, error, says):
             chat.stream(wrong)
 
 
-async def test_a_socks_proxy_without_its_package(chat, monkeypatch):
+async def test_a_socks_proxy_without_its_package_is_one_line(chat, monkeypatch):
     monkeypatch.setitem(sys.modules, "socksio", None)
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     error = (await ask(chat, "http://localhost:9", max_retries=0)).error
@@ -2304,10 +2308,10 @@ def test_a_long_stream_takes_the_memory_of_its_text():
         assert len(stream.completion.text) == 4 * 500 * 100 + 5
 
 
-def test_the_core_under_httpx2_alone():
+def test_the_core_passes_under_httpx2_alone():
     needs("httpx2")
     blocked = 'import pytest, sys; sys.modules["httpx"] = None; sys.exit(pytest.main())'
-    names = "(how_an_answer_ends or its_own or who or dead or leaves) and sync"
+    names = "(every_body or its_own or leaving or wake or dead or leaves) and sync"
     options = ["-qx", "-o", "addopts=", "-o", "markers=live: x\ninstall: x"]
     command = [sys.executable, "-c", blocked, *options, "-k", names, __file__]
     done = subprocess.run(command, capture_output=True, text=True)
