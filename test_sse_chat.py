@@ -621,7 +621,7 @@ def shares(strategy, *conditions):
     """Return the share of a strategy's examples that each condition holds for."""
     drawn = []
 
-    @settings(max_examples=300, phases=[Phase.generate])
+    @settings(max_examples=100, phases=[Phase.generate])
     @given(strategy)
     def draw(example):
         drawn.append(example)
@@ -774,7 +774,7 @@ def test_decoding_takes_linear_time_and_the_memory_of_one_event(stream, most):
         assert not any(event.id for event in iter_sse(pieces, None))
         return time.thread_time() - start
 
-    few, many, pieces = map(stream, (4 * 1024, 32 * 1024, 16 * 1024))
+    few, many, pieces = map(stream, (2 * 1024, 16 * 1024, 16 * 1024))
     assert min(seconds(many) / seconds(few) for _ in range(3)) < 32
     tracemalloc.start()
     seconds(pieces)
@@ -995,7 +995,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@examples(3)
+@examples(2)
 @given(sent_as(CHAT_TYPES, wrong=ANY_JSON))
 def test_from_dict_never_raises(answer):
     model, sent = answer
@@ -1405,8 +1405,8 @@ def each(form, values, row):
 
 # What a server in SERVERS is asked with. Limits are short where nothing comes in time,
 # long where something has to come first.
-SHORT, LONG = {"timeout": 0.4}, {"timeout": 0.6}
-FIRST, FIRST_LONG = {"first_token_timeout": 0.4}, {"first_token_timeout": 0.6}
+SHORT, LONG = {"timeout": 0.3}, {"timeout": 0.5}
+FIRST, FIRST_LONG = {"first_token_timeout": 0.3}, {"first_token_timeout": 0.5}
 ASYNC_ALONE, SYNC_ALONE = {"only": "async"}, {"only": "sync"}
 GENERATE, LIST = {"how": "generate"}, {"how": "models"}
 EMPTY = event("", role="assistant")  # no token, as all that follow are one
@@ -1464,10 +1464,10 @@ SERVERS |= {
     ),
     "a cut after [DONE]": ([chunked(*HELLO, end=False)], {}, None, "", "Hello"),
     "a long answer without long silence": (
-        [HEAD, BEGUN, (PING, 0.15) * 6, ENDING], LONG, None, "", "Hello",
+        [HEAD, BEGUN, (PING, 0.12) * 6, ENDING], LONG, None, "", "Hello",
     ),
     "the first token in time": (
-        [HEAD, event(reasoning="hm"), 0.9, ENDING], FIRST_LONG, None, "", "",
+        [HEAD, event(reasoning="hm"), 0.7, ENDING], FIRST_LONG, None, "", "",
     ),
     "identity": ([encoded("identity", HELLO_BYTES)], {}, None, "", "Hello"),
     "an empty encoding": ([encoded("", HELLO_BYTES)], {}, None, "", "Hello"),
@@ -1498,11 +1498,9 @@ BODIES |= {
 }
 MANY_PINGS = gzip.compress(PING * 2**17)
 HALF_MODELS = http(b'{"data": [{"id": "b"}, {"id', missing=5)
-OWN_READ = {"timeout": httpx.Timeout(9, read=0.6)}
 SERVERS |= {
-    "silence after text": ([HEAD, BEGUN, GONE], LONG, Truncated, "0.6 s", "Hello"),
-    "silence, httpx.Timeout": ([HEAD, LO, GONE], OWN_READ, Truncated, "0.6 s", "lo"),
-    "silence, generate": ([HEAD, LO, GONE], LONG | GENERATE, Truncated, "0.6 s", "lo"),
+    "silence after text": ([HEAD, BEGUN, GONE], LONG, Truncated, "0.5 s", "Hello"),
+    "silence, generate": ([HEAD, LO, GONE], LONG | GENERATE, Truncated, "0.5 s", "lo"),
     "only pings": ([encoded("gzip", MANY_PINGS)], {}, Truncated, "finish_reason", ""),
     "half a list of models": ([HALF_MODELS], LIST, Truncated, "cut off", ""),
 }
@@ -1698,11 +1696,7 @@ SLOW_102 = [[(b"HTTP/1.1 102\n\n", 0.05)] * 600]
 SLOW_BODY = [HEAD, [(b" ", 0.05)] * 600]
 SERVERS |= {
     "silence": ([GONE], SHORT, Timeout, "waiting for the answer", ""),
-    "silence in the head": (
-        [HALF_HEAD, GONE], SHORT, Timeout, "waiting for the answer", "",
-    ),
     "silence after the head": ([HEAD, GONE], LONG, Timeout, NO_TOKEN, ""),
-    "silence in JSON": ([JSON_HEAD, HALF_JSON, GONE], LONG, Timeout, NO_TOKEN, ""),
     "silence at once, generate": ([HEAD, GONE], LONG | GENERATE, Timeout, NO_TOKEN, ""),
     "silence in JSON, generate": (
         [JSON_HEAD, HALF_JSON, GONE], LONG | GENERATE, Timeout, NO_TOKEN, "",
@@ -2031,10 +2025,10 @@ async def test_leaving_a_stream_closes_its_connection(chat, anyio_backend, how, 
         async with own_client(chat, limits=ONE) as own:
             options = {"base_url": server.url, "timeout": 20}
             options |= {"client": own} if shared else {}
-            for _ in range(10):
+            for _ in range(5):
                 kept.append(await leave(how, lambda: chat.stream("hi", **options)))
                 assert await has_left(server)
-        assert server.connections == 10
+        assert server.connections == 5
         for stream in filter(None, kept):
             assert (set(stream.completion.text), stream.complete) == ({"x"}, False)
             with pytest.raises(Truncated):
@@ -2462,7 +2456,7 @@ def test_the_public_limits():
     assert (sse_chat.MAX_CHOICES, sse_chat.MAX_DEPTH) == (1024, 100)
 
 
-MANY = 30_000
+MANY = 10_000
 HUGE = range(0, 2000 * (2**61 - 1), 2**61 - 1)
 ALL_AT_0 = [{"index": 0, "delta": {"content": "x"}}] * MANY
 DIGITS = b"9" * 10_000_000
@@ -2476,7 +2470,7 @@ LARGE_ANSWERS = {
     "huge indices": (lambda: [calls([index]) for index in HUGE], Invalid),
     "indices": (lambda: [event("x", index=i) for i in range(MANY)], Invalid),
     "choices at an index": (lambda: [choices(*ALL_AT_0)], Invalid),
-    "empty choices": (lambda: [choices(*[{}] * 500_000)], Invalid),
+    "empty choices": (lambda: [choices(*[{}] * 100_000)], Invalid),
     "digits": (lambda: [with_text(b'", "x": 1.%s, "y": "' % DIGITS)], None),
     "digits of retry": (lambda: [b"retry: %s\n" % DIGITS], None),
 }
