@@ -3946,17 +3946,15 @@ class _Reconnection:
     def begin(self, response: Response) -> EventSource | None:
         """Return the events of a response; None if the stream has ended.
 
-        Raises SSEError if the server will not be asked again, and _TryAgain if it will.
+        Raises SSEError for any other status than 200, and for another content type.
         """
         status = response.status_code
         if status == 204:
             return None
-        if status in (408, 429) or status >= 500:
-            wait = _parse_retry_after(response.headers, time.time()) or 0.0
-            self._retry_after = min(wait, MAX_RETRY_AFTER)
-            raise _TryAgain(f"HTTP {status}", status_code=status)
         place = _public_url(str(response.url))
         if status != 200:
+            wait = _parse_retry_after(response.headers, time.time()) or 0.0
+            self._retry_after = min(wait, MAX_RETRY_AFTER)
             raise SSEError(f"HTTP {status} ({place})", status_code=status)
         content_type = response.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "text/event-stream":
@@ -3978,7 +3976,10 @@ class _Reconnection:
         """Take the end of a connection. Raises the fault if it ends the stream."""
         if fault is None:
             return
-        may_pass = isinstance(fault, _TryAgain) or _is_transport_error(fault)
+        if isinstance(fault, SSEError):
+            may_pass = _is_temporary(fault.status_code)
+        else:
+            may_pass = _is_transport_error(fault)
         if not may_pass or type(fault).__name__ in _OWN_FAULTS:
             raise fault
         self.report(fault)
@@ -4004,8 +4005,9 @@ class _Reconnection:
 _OWN_FAULTS = ("InvalidURL", "LocalProtocolError", "UnsupportedProtocol")
 
 
-class _TryAgain(SSEError):
-    """A status after which the server is asked again."""
+def _is_temporary(status: int | None) -> bool:
+    """Tell whether a server is asked again after a status."""
+    return status is not None and (status in (408, 429) or status >= 500)
 
 
 def _same_origin(request: Request, other: Request) -> bool:
