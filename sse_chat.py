@@ -3951,11 +3951,9 @@ class _Reconnection:
         status = response.status_code
         if status == 204:
             return None
-        place = _public_url(str(response.url))
         if status != 200:
-            wait = _parse_retry_after(response.headers, time.time()) or 0.0
-            self._retry_after = min(wait, MAX_RETRY_AFTER)
-            raise SSEError(f"HTTP {status} ({place})", status_code=status)
+            raise self._status_error(response)
+        place = _public_url(str(response.url))
         content_type = response.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "text/event-stream":
             problem = f"expected text/event-stream, got {content_type!r} ({place})"
@@ -3963,6 +3961,12 @@ class _Reconnection:
         source = EventSource(response, self._max_event_bytes, self.last_event_id)
         self._source = source
         return source
+
+    def _status_error(self, response: Response) -> SSEError:
+        wait = _parse_retry_after(response.headers, time.time()) or 0.0
+        self._retry_after = min(wait, MAX_RETRY_AFTER)
+        status, place = response.status_code, _public_url(str(response.url))
+        return SSEError(f"HTTP {status} ({place})", status_code=status)
 
     def had_event(self) -> None:
         self._failures = 0
@@ -3976,6 +3980,9 @@ class _Reconnection:
         """Take the end of a connection. Raises the fault if it ends the stream."""
         if fault is None:
             return
+        response = getattr(fault, "response", None)
+        if response is not None:  # an event hook called raise_for_status()
+            fault = self._status_error(response)
         if isinstance(fault, SSEError):
             may_pass = _is_temporary(fault.status_code)
         else:
