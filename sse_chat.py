@@ -3892,6 +3892,15 @@ _REQUEST_KEYWORDS = frozenset(
 )
 
 
+def _check_wait(name: str, value: Any) -> float:
+    """Return a number of seconds to wait. Raises TypeError, ValueError."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected seconds from 0 on, got {value!r}")
+    return float(value)
+
+
 class _Reconnection:
     """Decides what to send, what a response means, how long to wait; without I/O."""
 
@@ -3906,16 +3915,20 @@ class _Reconnection:
         max_event_bytes: int | None,
         on_error: Callable[[Exception], Any] | None,
     ) -> None:
-        if re.search("[\r\n\0]", last_event_id):
-            raise ValueError("last_event_id: expected no line end and no NUL")
-        if not isinstance(retry, (int, float)) or not 0 <= retry < math.inf:
-            raise ValueError("retry: expected seconds from 0 on")
+        if not isinstance(last_event_id, str):
+            raise TypeError(f"last_event_id: expected a str, got {last_event_id!r}")
+        if re.search("[\r\n\0\ud800-\udfff]", last_event_id):
+            raise ValueError("last_event_id: expected no line end, NUL or surrogate")
+        if on_error is not None and not callable(on_error):
+            raise TypeError(f"on_error: expected a function, got {on_error!r}")
+        if not re.fullmatch("[A-Za-z]+", method):
+            raise ValueError(f"method: expected a name such as GET, got {method!r}")
         self.url = url
         self.method = method
-        self._own_headers = dict(headers or {})
+        self._own_headers = _check_headers(dict(headers or {}))
         self._last_event_id = last_event_id
-        self._retry = float(retry)
-        self._max_retry = _check_seconds("max_retry", max_retry) or _MAX_SECONDS
+        self._retry = _check_wait("retry", retry)
+        self._max_retry = _check_wait("max_retry", max_retry)
         self._max_event_bytes = max_event_bytes
         self._on_error = on_error
         self._failures = 0  # attempts in a row that brought no event
@@ -3930,11 +3943,11 @@ class _Reconnection:
     def headers(self) -> dict[str, str | bytes]:
         """Return the headers of the next request. May raise what `on_error` raises."""
         headers: dict[str, str | bytes] = {
-            "accept": "text/event-stream",
             "accept-encoding": "identity",
             "cache-control": "no-cache",
         }
-        headers |= {name.lower(): value for name, value in self._own_headers.items()}
+        headers |= self._own_headers
+        headers["accept"] = "text/event-stream"
         value = self.last_event_id.encode("utf-8", "replace")  # httpx would use latin-1
         if re.fullmatch(rb"[!-~\x80-\xff]([\t -~\x80-\xff]*[!-~\x80-\xff])?", value):
             headers["last-event-id"] = value
@@ -3996,7 +4009,7 @@ class _Reconnection:
         from random import uniform
 
         if self._source is not None and self._source.retry is not None:
-            self._retry = min(self._source.retry / 1000, _MAX_SECONDS)
+            self._retry = min(self._source.retry, 1000 * int(_MAX_SECONDS)) / 1000
         wait = self._retry
         if self._failures:
             first = max(wait, _MIN_FAILURE_WAIT)
@@ -4045,6 +4058,8 @@ def _check_request(request: Json) -> Json:
             raise TypeError(f"unexpected keyword {name}")
         if hasattr(value, "__next__") or hasattr(value, "__anext__"):
             raise TypeError(f"{name}: expected a value that can be sent again")
+    body = {name: value for name, value in request.items() if name != "timeout"}
+    _load_httpx().Request("POST", DEFAULT_BASE_URL, **body)  # raises what is wrong
     return request
 
 
@@ -4082,7 +4097,9 @@ def _check_url(url: str) -> None:
 
     parts = None
     with suppress(ValueError):
-        parts = urlsplit(url)
+        candidate = urlsplit(url)
+        if candidate.port != 0:
+            parts = candidate
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("url: expected an http or https URL")
 
