@@ -35,8 +35,8 @@ each other and differ in keywords only. The sections, in reading order:
     Demo server            the wire format of a real server, without a model
     Command line           python sse_chat.py "prompt"; --demo needs no server
 
-The whole file is in the public part `__all__`, and private names begin with `_`.
-Version 0.3.0. MIT licence: the two lines at the top must stay in copies.
+Public names are in `__all__`; private ones begin with `_`. Version 0.3.0, MIT licence:
+keep the copyright line at the top in copies.
 """
 
 from __future__ import annotations
@@ -2003,14 +2003,9 @@ MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
 _MAX_SECONDS = 1e6  # sockets and threads take some thousand times that, and no more
 
 
-class ChatOptions(TypedDict, total=False):
-    """The options of a call, all keywords. `stream_chat` describes the first part.
+class _CallOptions(TypedDict, total=False):
+    """The options that say where and how to ask. `stream_chat` describes them."""
 
-    The others are fields of the request, as OpenAI defines them. At run time any other
-    keyword is one, too; for type checkers it goes into `extra_body`.
-    """
-
-    # Where and how to ask.
     model: str | None
     base_url: str | None
     api_key: str | None
@@ -2022,6 +2017,14 @@ class ChatOptions(TypedDict, total=False):
     headers: Mapping[str, str] | None
     client: Any
     extra_body: Mapping[str, Any] | None
+
+
+class ChatOptions(_CallOptions, total=False):
+    """The options of a call, all keywords: those above, and fields of the request.
+
+    The fields are as OpenAI defines them; None leaves one out. At run time any other
+    keyword is a field, too; for type checkers it goes into `extra_body`.
+    """
 
     # How the model chooses its tokens, and how many.
     temperature: float | None
@@ -2056,23 +2059,6 @@ class ChatOptions(TypedDict, total=False):
     store: bool | None
     user: str | None
 
-
-# Options that say where and how to ask; all others are fields of the request.
-_OWN_OPTIONS = frozenset(
-    [
-        "api_key",
-        "base_url",
-        "client",
-        "extra_body",
-        "first_token_timeout",
-        "headers",
-        "max_event_bytes",
-        "max_retries",
-        "model",
-        "system",
-        "timeout",
-    ]
-)
 
 # Keywords of openai's SDK that are not fields of a request, and what to write instead.
 _OPENAI_KEYWORDS = {
@@ -2395,8 +2381,12 @@ def _check_messages(messages: Messages, system: str | None) -> list[Any]:
 
 
 def _message_to_json(value: Any) -> Any:
-    if isinstance(value, _Model):  # a message of an earlier answer
-        return value.to_dict()
+    """Return a message of an earlier answer as a server takes it."""
+    if isinstance(value, _Model):
+        message = value.to_dict()
+        if message.get("tool_calls") == []:  # OpenAI refuses an empty list
+            del message["tool_calls"]
+        return message
     raise TypeError(f"{type(value).__name__} cannot go into a request")
 
 
@@ -2751,7 +2741,7 @@ def _chat_request(
         "messages": _check_messages(messages, options.get("system")),
         "stream": is_stream,
     }
-    body |= {k: v for k, v in options.items() if k not in _OWN_OPTIONS}
+    body |= {k: v for k, v in options.items() if k not in _CallOptions.__annotations__}
     body |= options.get("extra_body") or {}
     body = {name: value for name, value in body.items() if value is not None}
     text = json.dumps(body, default=_message_to_json, allow_nan=False)
