@@ -4499,7 +4499,9 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
         await self.aclose()
 
 
-# ---- Demo server: the wire format of a real one, and no model ------------------------
+# ---- Demo server ---------------------------------------------------------------------
+#
+# The wire format of a real server without a model: to try the program, and for tests.
 
 
 def _demo_tokens(text: str) -> list[str]:
@@ -4507,70 +4509,96 @@ def _demo_tokens(text: str) -> list[str]:
 
 
 def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
-    """Return what each token adds to the reasoning, then to the answer."""
+    """Return the deltas of the reasoning, then of the answer, one a token."""
     thoughts = f"The prompt has {len(prompt)} characters."
-    answer = f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo "
-    answer += "server. For a real answer start another, such as `ollama serve`."
+    answer = (
+        f"You wrote: {prompt[:200]}\n\n"
+        "No model has read it: this is the demo server."
+        " For a real answer start another, such as `ollama serve`."
+    )
     for word in [stop] if isinstance(stop, str) else stop or ():
         answer = answer.partition(word)[0]
     deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
     return deltas + [{"content": token} for token in _demo_tokens(answer)]
 
 
-def _demo_call(asked: Json) -> list[Json]:
-    """Return what each token adds to a call of the first tool; simple types fit it."""
-    function = asked["tools"][0]["function"]
+def _demo_tool(request: Json) -> Json | None:
+    """Return the function that `tool_choice` demands to be called, None if it does not."""
+    choice = request.get("tool_choice")
+    functions: list[Json] = [tool["function"] for tool in request.get("tools") or ()]
+    if choice == "required":
+        return functions[0]
+    if isinstance(choice, dict):
+        name = choice["function"]["name"]
+        return next(each for each in functions if each["name"] == name)
+    return None
+
+
+def _demo_call(function: Json, call_id: str) -> list[Json]:
+    """Return the deltas of a call, one a token; arguments of simple types fit it."""
     schema = function.get("parameters") or {}
-    fits = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
+    values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
     arguments = {
-        name: fits.get(str(schema["properties"][name].get("type")))
+        name: values.get(str(schema["properties"][name].get("type")))
         for name in schema.get("required") or ()
     }
-    call = {"id": f"call_{len(asked['messages'])}", "type": "function"}
-    pieces: list[Json] = [{**call, "function": {"name": function["name"]}}]
+    call = {"id": call_id, "type": "function", "function": {"name": function["name"]}}
+    pieces: list[Json] = [call]
     for token in _demo_tokens(json.dumps(arguments)):
         pieces.append({"function": {"arguments": token}})
     return [{"tool_calls": [{"index": 0, **piece}]} for piece in pieces]
 
 
-def _demo_completion(asked: Json) -> Json | list[Json]:
+def _demo_completion(request: Json, number: int) -> Json | list[Json]:
     """Return the answer to a request, in one piece or as chunks."""
-    prompt = ChatCompletionMessage.from_dict(asked["messages"][-1]).content or ""
-    called = asked.get("tool_choice") == "required"
-    deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
-    finish = "tool_calls" if called else "stop"
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    message = ChatCompletionMessage.from_dict(request["messages"][-1])
+    prompt = message.content or ""
+    function = _demo_tool(request)
+    if function is None:
+        deltas, finish = _demo_text(prompt, request.get("stop")), "stop"
+    else:
+        deltas, finish = _demo_call(function, f"call_{number}"), "tool_calls"
+    limit = request.get("max_completion_tokens") or request.get("max_tokens")
     if limit and limit < len(deltas):
         deltas, finish = deltas[:limit], "length"
-    n = asked.get("n") or 1
-    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": n * len(deltas)}
-    usage = {**spent, "total_tokens": sum(spent.values())}
-    choices = [
-        {"index": index, "delta": delta, "finish_reason": None if delta else finish}
-        for delta in ({"role": "assistant"}, *deltas, {})
-        for index in range(n)
-    ]
-    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": "demo"}
-    head |= {"object": "chat.completion.chunk"}
-    chunks: list[Json] = [{**head, "choices": [choice]} for choice in choices]
+    n = request.get("n") or 1
+    usage = {
+        "prompt_tokens": len(prompt.split()),
+        "completion_tokens": n * len(deltas),
+    }
+    usage["total_tokens"] = sum(usage.values())
+    head = {
+        "id": f"chatcmpl-demo-{number}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": "demo",
+    }
+    chunks: list[Json] = []
+    for delta in ({"role": "assistant"}, *deltas, {}):
+        reason = None if delta else finish
+        for index in range(n):
+            choice = {"index": index, "delta": delta, "finish_reason": reason}
+            chunks.append({**head, "choices": [choice]})
     last = {**head, "choices": [], "usage": usage}
-    if not asked.get("stream"):
+    if not request.get("stream"):
         return accumulate(map(ChatCompletionChunk.from_dict, [*chunks, last])).to_dict()
-    options = asked.get("stream_options") or {}
+    options = request.get("stream_options") or {}
     return [*chunks, last] if options.get("include_usage") else chunks
 
 
-def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[Json]]:
-    """Return a status and what goes with it: JSON, or the chunks of a stream."""
-    if not known:
+def _demo_answer(
+    path: str, body: bytes, is_allowed: bool, number: int
+) -> tuple[int, Json | list[Json]]:
+    """Return a status and its body: JSON, or the chunks of a stream."""
+    if not is_allowed:
         status, problem = 401, "no API key, or a wrong one"
     elif path.endswith("/models"):
         return 200, {"object": "list", "data": [{"id": "demo", "object": "model"}]}
     elif path.endswith("/chat/completions"):
         try:
-            return 200, _demo_completion(json.loads(body))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            status, problem = 400, f"this is no chat request: {error!r}"
+            return 200, _demo_completion(json.loads(body), number)
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as e:
+            status, problem = 400, f"this is not a chat request: {e!r}"
     else:
         status, problem = 404, f"there is no {path}"
     return status, {"error": {"message": problem, "type": "invalid_request_error"}}
@@ -4581,12 +4609,13 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
     """Serve the chat API on a loopback port, and give its base URL; also for tests.
 
     It answers about the prompt that it gets, with `delay` seconds before each token,
-    and refuses requests without `api_key`, if given. It heeds `stream`, `n`, `stop`,
-    `stream_options`, `max_tokens` (reasoning counts, too), and calls the first of
-    `tools` where `tool_choice` is "required".
+    and refuses requests without `api_key`, if one is given. It heeds `stream`, `n`,
+    `stop`, `stream_options`, `max_tokens` (reasoning counts, too), and `tool_choice`:
+    "required" calls the first of `tools`, a named function that one.
     """
-    import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    numbers = itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -4594,11 +4623,14 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            known = not api_key or self.headers["authorization"] == f"Bearer {api_key}"
-            status, answer = _demo_answer(self.path.partition("?")[0], body, known)
+            path = self.path.partition("?")[0]
+            key = self.headers["authorization"]
+            is_allowed = not api_key or key == f"Bearer {api_key}"
+            status, answer = _demo_answer(path, body, is_allowed, next(numbers))
             kind, pieces = "application/json", [json.dumps(answer).encode()]
             if isinstance(answer, list):
-                kind, data = "text/event-stream", [*map(json.dumps, answer), "[DONE]"]
+                kind = "text/event-stream"
+                data = [*map(json.dumps, answer), "[DONE]"]
                 pieces = [ServerSentEvent(data=each).encode() for each in data]
             self.send_response(status)
             self.send_header("Content-Type", kind)
