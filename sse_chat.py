@@ -4523,7 +4523,7 @@ def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
 
 
 def _demo_tool(request: Json) -> Json | None:
-    """Return the function that `tool_choice` demands to be called, None if it does not."""
+    """Return the function that `tool_choice` demands, None if it demands none."""
     choice = request.get("tool_choice")
     functions: list[Json] = [tool["function"] for tool in request.get("tools") or ()]
     if choice == "required":
