@@ -2902,6 +2902,7 @@ class _Reader:
         self.cause: BaseException | None = None  # what broke the connection
         self.error: APIError | None = None  # what was raised
         self.is_done = False  # the server said so: [DONE]
+        self.is_finished = False  # it is done, or the body has ended: nothing matters
         self._expected = expected
         self._body = _Body()
         self._unpacker: _Unpacker | None = None
@@ -2922,13 +2923,14 @@ class _Reader:
         return self._unpacked(self._unpacker, data)
 
     def _unpacked(self, unpacker: _Unpacker, data: bytes) -> Iterator[bytes]:
-        problem: Exception
         try:
-            yield from unpacker.feed(data)
-            return
+            for piece in unpacker.feed(data):
+                yield piece
+                if self.is_finished:
+                    break
         except zlib.error as error:
-            problem = error
-        raise self._invalid(f"a body that does not unpack ({problem})")
+            problem = f"a body that does not unpack ({error})"
+            raise self._invalid(problem) from None
 
     @property
     def completion(self) -> ChatCompletion:
@@ -3066,7 +3068,6 @@ class _AnswerReader(_Reader):
         self._json: Json | None = None  # the answer, if it came as JSON
         self._has_token = False
         self._is_ending = False  # every choice has ended, and [DONE] may follow
-        self._is_at_end = False  # of the body
 
     @property
     def completion(self) -> ChatCompletion:
@@ -3082,11 +3083,6 @@ class _AnswerReader(_Reader):
         is_complete = self._accumulator.is_complete(n_choices, self.is_done)
         return is_complete or self._json is not None
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the rest of the body, if there is one, does not matter."""
-        return self.is_done or self._is_at_end or self.control.is_closed
-
     # Bytes to chunks.
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
@@ -3101,7 +3097,7 @@ class _AnswerReader(_Reader):
 
     def finish(self) -> Iterator[ChatCompletionChunk]:
         """Return the chunks that end with the body. Raises APIError unless complete."""
-        self._is_at_end = True
+        self.is_finished = True
         if not (self.is_done or self.control.is_closed):
             if self._body.kind == "stream":
                 yield from self._read_events(b"\n\n")  # llama.cpp has left them out
@@ -3141,11 +3137,11 @@ class _AnswerReader(_Reader):
             return (self._read_payload(payload, data),)
         text = data.strip()
         if text.startswith("[DONE]"):
-            self.is_done = True
+            self.is_done = self.is_finished = True
         elif "\n" in text:
             return self._read_lines(text)
         # A gateway sent a comment as data; at the end an event may have been cut.
-        elif text and text[0] != ":" and not self._is_at_end:
+        elif text and text[0] != ":" and not self.is_finished:
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return ()
 
@@ -3287,10 +3283,6 @@ def _is_completion(payload: Any) -> bool:
 
 class _ModelsReader(_Reader):
     """Takes the bytes of a list of models, and returns their names."""
-
-    def __init__(self, expected: _Expected, control: _Control) -> None:
-        super().__init__(expected, control)
-        self.is_finished = False
 
     def feed(self, data: bytes) -> Iterable[list[str]]:
         """Hold the bytes back. Raises APIError above the limit."""
