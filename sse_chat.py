@@ -35,8 +35,8 @@ each other and differ in keywords only. The sections, in reading order:
     Demo server            the wire format of a real server, without a model
     Command line           python sse_chat.py "prompt"; --demo needs no server
 
-The whole file is in the public part `__all__`, and private names begin with `_`.
-Version 0.3.0. MIT licence: the two lines at the top must stay in copies.
+Public names are in `__all__`; private ones begin with `_`. Version 0.3.0, MIT licence:
+keep the copyright line at the top in copies.
 """
 
 from __future__ import annotations
@@ -2003,14 +2003,9 @@ MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
 _MAX_SECONDS = 1e6  # sockets and threads take some thousand times that, and no more
 
 
-class ChatOptions(TypedDict, total=False):
-    """The options of a call, all keywords. `stream_chat` describes the first part.
+class _CallOptions(TypedDict, total=False):
+    """The options that say where and how to ask. `stream_chat` describes them."""
 
-    The others are fields of the request, as OpenAI defines them. At run time any other
-    keyword is one, too; for type checkers it goes into `extra_body`.
-    """
-
-    # Where and how to ask.
     model: str | None
     base_url: str | None
     api_key: str | None
@@ -2022,6 +2017,14 @@ class ChatOptions(TypedDict, total=False):
     headers: Mapping[str, str] | None
     client: Any
     extra_body: Mapping[str, Any] | None
+
+
+class ChatOptions(_CallOptions, total=False):
+    """The options of a call, all keywords: those above, and fields of the request.
+
+    The fields are as OpenAI defines them; None leaves one out. At run time any other
+    keyword is a field, too; for type checkers it goes into `extra_body`.
+    """
 
     # How the model chooses its tokens, and how many.
     temperature: float | None
@@ -2056,23 +2059,6 @@ class ChatOptions(TypedDict, total=False):
     store: bool | None
     user: str | None
 
-
-# Options that say where and how to ask; all others are fields of the request.
-_OWN_OPTIONS = frozenset(
-    [
-        "api_key",
-        "base_url",
-        "client",
-        "extra_body",
-        "first_token_timeout",
-        "headers",
-        "max_event_bytes",
-        "max_retries",
-        "model",
-        "system",
-        "timeout",
-    ]
-)
 
 # Keywords of openai's SDK that are not fields of a request, and what to write instead.
 _OPENAI_KEYWORDS = {
@@ -2395,8 +2381,12 @@ def _check_messages(messages: Messages, system: str | None) -> list[Any]:
 
 
 def _message_to_json(value: Any) -> Any:
-    if isinstance(value, _Model):  # a message of an earlier answer
-        return value.to_dict()
+    """Return a message of an earlier answer as a server takes it."""
+    if isinstance(value, _Model):
+        message = value.to_dict()
+        if message.get("tool_calls") == []:  # OpenAI refuses an empty list
+            del message["tool_calls"]
+        return message
     raise TypeError(f"{type(value).__name__} cannot go into a request")
 
 
@@ -2751,7 +2741,7 @@ def _chat_request(
         "messages": _check_messages(messages, options.get("system")),
         "stream": is_stream,
     }
-    body |= {k: v for k, v in options.items() if k not in _OWN_OPTIONS}
+    body |= {k: v for k, v in options.items() if k not in _CallOptions.__annotations__}
     body |= options.get("extra_body") or {}
     body = {name: value for name, value in body.items() if value is not None}
     text = json.dumps(body, default=_message_to_json, allow_nan=False)
@@ -2912,6 +2902,7 @@ class _Reader:
         self.cause: BaseException | None = None  # what broke the connection
         self.error: APIError | None = None  # what was raised
         self.is_done = False  # the server said so: [DONE]
+        self.is_finished = False  # it is done, or the body has ended: nothing matters
         self._expected = expected
         self._body = _Body()
         self._unpacker: _Unpacker | None = None
@@ -2932,13 +2923,14 @@ class _Reader:
         return self._unpacked(self._unpacker, data)
 
     def _unpacked(self, unpacker: _Unpacker, data: bytes) -> Iterator[bytes]:
-        problem: Exception
         try:
-            yield from unpacker.feed(data)
-            return
+            for piece in unpacker.feed(data):
+                yield piece
+                if self.is_finished:
+                    break
         except zlib.error as error:
-            problem = error
-        raise self._invalid(f"a body that does not unpack ({problem})")
+            problem = f"a body that does not unpack ({error})"
+            raise self._invalid(problem) from None
 
     @property
     def completion(self) -> ChatCompletion:
@@ -3076,7 +3068,6 @@ class _AnswerReader(_Reader):
         self._json: Json | None = None  # the answer, if it came as JSON
         self._has_token = False
         self._is_ending = False  # every choice has ended, and [DONE] may follow
-        self._is_at_end = False  # of the body
 
     @property
     def completion(self) -> ChatCompletion:
@@ -3092,11 +3083,6 @@ class _AnswerReader(_Reader):
         is_complete = self._accumulator.is_complete(n_choices, self.is_done)
         return is_complete or self._json is not None
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the rest of the body, if there is one, does not matter."""
-        return self.is_done or self._is_at_end or self.control.is_closed
-
     # Bytes to chunks.
 
     def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
@@ -3111,7 +3097,7 @@ class _AnswerReader(_Reader):
 
     def finish(self) -> Iterator[ChatCompletionChunk]:
         """Return the chunks that end with the body. Raises APIError unless complete."""
-        self._is_at_end = True
+        self.is_finished = True
         if not (self.is_done or self.control.is_closed):
             if self._body.kind == "stream":
                 yield from self._read_events(b"\n\n")  # llama.cpp has left them out
@@ -3151,11 +3137,11 @@ class _AnswerReader(_Reader):
             return (self._read_payload(payload, data),)
         text = data.strip()
         if text.startswith("[DONE]"):
-            self.is_done = True
+            self.is_done = self.is_finished = True
         elif "\n" in text:
             return self._read_lines(text)
         # A gateway sent a comment as data; at the end an event may have been cut.
-        elif text and text[0] != ":" and not self._is_at_end:
+        elif text and text[0] != ":" and not self.is_finished:
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return ()
 
@@ -3297,10 +3283,6 @@ def _is_completion(payload: Any) -> bool:
 
 class _ModelsReader(_Reader):
     """Takes the bytes of a list of models, and returns their names."""
-
-    def __init__(self, expected: _Expected, control: _Control) -> None:
-        super().__init__(expected, control)
-        self.is_finished = False
 
     def feed(self, data: bytes) -> Iterable[list[str]]:
         """Hold the bytes back. Raises APIError above the limit."""
@@ -3892,6 +3874,15 @@ _REQUEST_KEYWORDS = frozenset(
 )
 
 
+def _check_wait(name: str, value: Any) -> float:
+    """Return a number of seconds to wait. Raises TypeError, ValueError."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected seconds from 0 on, got {value!r}")
+    return float(value)
+
+
 class _Reconnection:
     """Decides what to send, what a response means, how long to wait; without I/O."""
 
@@ -3906,16 +3897,20 @@ class _Reconnection:
         max_event_bytes: int | None,
         on_error: Callable[[Exception], Any] | None,
     ) -> None:
-        if re.search("[\r\n\0]", last_event_id):
-            raise ValueError("last_event_id: expected no line end and no NUL")
-        if not isinstance(retry, (int, float)) or not 0 <= retry < math.inf:
-            raise ValueError("retry: expected seconds from 0 on")
+        if not isinstance(last_event_id, str):
+            raise TypeError(f"last_event_id: expected a str, got {last_event_id!r}")
+        if re.search("[\r\n\0\ud800-\udfff]", last_event_id):
+            raise ValueError("last_event_id: expected no line end, NUL or surrogate")
+        if on_error is not None and not callable(on_error):
+            raise TypeError(f"on_error: expected a function, got {on_error!r}")
+        if not re.fullmatch("[A-Za-z]+", method):
+            raise ValueError(f"method: expected a name such as GET, got {method!r}")
         self.url = url
         self.method = method
-        self._own_headers = dict(headers or {})
+        self._own_headers = _check_headers(dict(headers or {}))
         self._last_event_id = last_event_id
-        self._retry = float(retry)
-        self._max_retry = _check_seconds("max_retry", max_retry) or _MAX_SECONDS
+        self._retry = _check_wait("retry", retry)
+        self._max_retry = _check_wait("max_retry", max_retry)
         self._max_event_bytes = max_event_bytes
         self._on_error = on_error
         self._failures = 0  # attempts in a row that brought no event
@@ -3930,11 +3925,11 @@ class _Reconnection:
     def headers(self) -> dict[str, str | bytes]:
         """Return the headers of the next request. May raise what `on_error` raises."""
         headers: dict[str, str | bytes] = {
-            "accept": "text/event-stream",
             "accept-encoding": "identity",
             "cache-control": "no-cache",
         }
-        headers |= {name.lower(): value for name, value in self._own_headers.items()}
+        headers |= self._own_headers
+        headers["accept"] = "text/event-stream"
         value = self.last_event_id.encode("utf-8", "replace")  # httpx would use latin-1
         if re.fullmatch(rb"[!-~\x80-\xff]([\t -~\x80-\xff]*[!-~\x80-\xff])?", value):
             headers["last-event-id"] = value
@@ -3951,11 +3946,9 @@ class _Reconnection:
         status = response.status_code
         if status == 204:
             return None
-        place = _public_url(str(response.url))
         if status != 200:
-            wait = _parse_retry_after(response.headers, time.time()) or 0.0
-            self._retry_after = min(wait, MAX_RETRY_AFTER)
-            raise SSEError(f"HTTP {status} ({place})", status_code=status)
+            raise self._status_error(response)
+        place = _public_url(str(response.url))
         content_type = response.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "text/event-stream":
             problem = f"expected text/event-stream, got {content_type!r} ({place})"
@@ -3963,6 +3956,12 @@ class _Reconnection:
         source = EventSource(response, self._max_event_bytes, self.last_event_id)
         self._source = source
         return source
+
+    def _status_error(self, response: Response) -> SSEError:
+        wait = _parse_retry_after(response.headers, time.time()) or 0.0
+        self._retry_after = min(wait, MAX_RETRY_AFTER)
+        status, place = response.status_code, _public_url(str(response.url))
+        return SSEError(f"HTTP {status} ({place})", status_code=status)
 
     def had_event(self) -> None:
         self._failures = 0
@@ -3976,6 +3975,9 @@ class _Reconnection:
         """Take the end of a connection. Raises the fault if it ends the stream."""
         if fault is None:
             return
+        response = getattr(fault, "response", None)
+        if response is not None:  # an event hook called raise_for_status()
+            fault = self._status_error(response)
         if isinstance(fault, SSEError):
             may_pass = _is_temporary(fault.status_code)
         else:
@@ -3989,7 +3991,7 @@ class _Reconnection:
         from random import uniform
 
         if self._source is not None and self._source.retry is not None:
-            self._retry = min(self._source.retry / 1000, _MAX_SECONDS)
+            self._retry = min(self._source.retry, 1000 * int(_MAX_SECONDS)) / 1000
         wait = self._retry
         if self._failures:
             first = max(wait, _MIN_FAILURE_WAIT)
@@ -4038,6 +4040,8 @@ def _check_request(request: Json) -> Json:
             raise TypeError(f"unexpected keyword {name}")
         if hasattr(value, "__next__") or hasattr(value, "__anext__"):
             raise TypeError(f"{name}: expected a value that can be sent again")
+    body = {name: value for name, value in request.items() if name != "timeout"}
+    _load_httpx().Request("POST", DEFAULT_BASE_URL, **body)  # raises what is wrong
     return request
 
 
@@ -4075,7 +4079,9 @@ def _check_url(url: str) -> None:
 
     parts = None
     with suppress(ValueError):
-        parts = urlsplit(url)
+        candidate = urlsplit(url)
+        if candidate.port != 0:
+            parts = candidate
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("url: expected an http or https URL")
 
@@ -4485,7 +4491,9 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
         await self.aclose()
 
 
-# ---- Demo server: the wire format of a real one, and no model ------------------------
+# ---- Demo server ---------------------------------------------------------------------
+#
+# The wire format of a real server without a model: to try the program, and for tests.
 
 
 def _demo_tokens(text: str) -> list[str]:
@@ -4493,70 +4501,96 @@ def _demo_tokens(text: str) -> list[str]:
 
 
 def _demo_text(prompt: str, stop: str | list[str] | None) -> list[Json]:
-    """Return what each token adds to the reasoning, then to the answer."""
+    """Return the deltas of the reasoning, then of the answer, one a token."""
     thoughts = f"The prompt has {len(prompt)} characters."
-    answer = f"You wrote: {prompt[:200]}\n\nNo model has read it: this is the demo "
-    answer += "server. For a real answer start another, such as `ollama serve`."
+    answer = (
+        f"You wrote: {prompt[:200]}\n\n"
+        "No model has read it: this is the demo server."
+        " For a real answer start another, such as `ollama serve`."
+    )
     for word in [stop] if isinstance(stop, str) else stop or ():
         answer = answer.partition(word)[0]
     deltas = [{"content": "", "reasoning": token} for token in _demo_tokens(thoughts)]
     return deltas + [{"content": token} for token in _demo_tokens(answer)]
 
 
-def _demo_call(asked: Json) -> list[Json]:
-    """Return what each token adds to a call of the first tool; simple types fit it."""
-    function = asked["tools"][0]["function"]
+def _demo_tool(request: Json) -> Json | None:
+    """Return the function that `tool_choice` demands, None if it demands none."""
+    choice = request.get("tool_choice")
+    functions: list[Json] = [tool["function"] for tool in request.get("tools") or ()]
+    if choice == "required":
+        return functions[0]
+    if isinstance(choice, dict):
+        name = choice["function"]["name"]
+        return next(each for each in functions if each["name"] == name)
+    return None
+
+
+def _demo_call(function: Json, call_id: str) -> list[Json]:
+    """Return the deltas of a call, one a token; arguments of simple types fit it."""
     schema = function.get("parameters") or {}
-    fits = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
+    values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
     arguments = {
-        name: fits.get(str(schema["properties"][name].get("type")))
+        name: values.get(str(schema["properties"][name].get("type")))
         for name in schema.get("required") or ()
     }
-    call = {"id": f"call_{len(asked['messages'])}", "type": "function"}
-    pieces: list[Json] = [{**call, "function": {"name": function["name"]}}]
+    call = {"id": call_id, "type": "function", "function": {"name": function["name"]}}
+    pieces: list[Json] = [call]
     for token in _demo_tokens(json.dumps(arguments)):
         pieces.append({"function": {"arguments": token}})
     return [{"tool_calls": [{"index": 0, **piece}]} for piece in pieces]
 
 
-def _demo_completion(asked: Json) -> Json | list[Json]:
+def _demo_completion(request: Json, number: int) -> Json | list[Json]:
     """Return the answer to a request, in one piece or as chunks."""
-    prompt = ChatCompletionMessage.from_dict(asked["messages"][-1]).content or ""
-    called = asked.get("tool_choice") == "required"
-    deltas = _demo_call(asked) if called else _demo_text(prompt, asked.get("stop"))
-    finish = "tool_calls" if called else "stop"
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    message = ChatCompletionMessage.from_dict(request["messages"][-1])
+    prompt = message.content or ""
+    function = _demo_tool(request)
+    if function is None:
+        deltas, finish = _demo_text(prompt, request.get("stop")), "stop"
+    else:
+        deltas, finish = _demo_call(function, f"call_{number}"), "tool_calls"
+    limit = request.get("max_completion_tokens") or request.get("max_tokens")
     if limit and limit < len(deltas):
         deltas, finish = deltas[:limit], "length"
-    n = asked.get("n") or 1
-    spent = {"prompt_tokens": len(prompt.split()), "completion_tokens": n * len(deltas)}
-    usage = {**spent, "total_tokens": sum(spent.values())}
-    choices = [
-        {"index": index, "delta": delta, "finish_reason": None if delta else finish}
-        for delta in ({"role": "assistant"}, *deltas, {})
-        for index in range(n)
-    ]
-    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": "demo"}
-    head |= {"object": "chat.completion.chunk"}
-    chunks: list[Json] = [{**head, "choices": [choice]} for choice in choices]
+    n = request.get("n") or 1
+    usage = {
+        "prompt_tokens": len(prompt.split()),
+        "completion_tokens": n * len(deltas),
+    }
+    usage["total_tokens"] = sum(usage.values())
+    head = {
+        "id": f"chatcmpl-demo-{number}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": "demo",
+    }
+    chunks: list[Json] = []
+    for delta in ({"role": "assistant"}, *deltas, {}):
+        reason = None if delta else finish
+        for index in range(n):
+            choice = {"index": index, "delta": delta, "finish_reason": reason}
+            chunks.append({**head, "choices": [choice]})
     last = {**head, "choices": [], "usage": usage}
-    if not asked.get("stream"):
+    if not request.get("stream"):
         return accumulate(map(ChatCompletionChunk.from_dict, [*chunks, last])).to_dict()
-    options = asked.get("stream_options") or {}
+    options = request.get("stream_options") or {}
     return [*chunks, last] if options.get("include_usage") else chunks
 
 
-def _demo_answer(path: str, body: bytes, known: bool) -> tuple[int, Json | list[Json]]:
-    """Return a status and what goes with it: JSON, or the chunks of a stream."""
-    if not known:
+def _demo_answer(
+    path: str, body: bytes, is_allowed: bool, number: int
+) -> tuple[int, Json | list[Json]]:
+    """Return a status and its body: JSON, or the chunks of a stream."""
+    if not is_allowed:
         status, problem = 401, "no API key, or a wrong one"
     elif path.endswith("/models"):
         return 200, {"object": "list", "data": [{"id": "demo", "object": "model"}]}
     elif path.endswith("/chat/completions"):
         try:
-            return 200, _demo_completion(json.loads(body))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            status, problem = 400, f"this is no chat request: {error!r}"
+            return 200, _demo_completion(json.loads(body), number)
+        except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as e:
+            status, problem = 400, f"this is not a chat request: {e!r}"
     else:
         status, problem = 404, f"there is no {path}"
     return status, {"error": {"message": problem, "type": "invalid_request_error"}}
@@ -4567,12 +4601,13 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
     """Serve the chat API on a loopback port, and give its base URL; also for tests.
 
     It answers about the prompt that it gets, with `delay` seconds before each token,
-    and refuses requests without `api_key`, if given. It heeds `stream`, `n`, `stop`,
-    `stream_options`, `max_tokens` (reasoning counts, too), and calls the first of
-    `tools` where `tool_choice` is "required".
+    and refuses requests without `api_key`, if one is given. It heeds `stream`, `n`,
+    `stop`, `stream_options`, `max_tokens` (reasoning counts, too), and `tool_choice`:
+    "required" calls the first of `tools`, a named function that one.
     """
-    import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    numbers = itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -4580,11 +4615,14 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            known = not api_key or self.headers["authorization"] == f"Bearer {api_key}"
-            status, answer = _demo_answer(self.path.partition("?")[0], body, known)
+            path = self.path.partition("?")[0]
+            key = self.headers["authorization"]
+            is_allowed = not api_key or key == f"Bearer {api_key}"
+            status, answer = _demo_answer(path, body, is_allowed, next(numbers))
             kind, pieces = "application/json", [json.dumps(answer).encode()]
             if isinstance(answer, list):
-                kind, data = "text/event-stream", [*map(json.dumps, answer), "[DONE]"]
+                kind = "text/event-stream"
+                data = [*map(json.dumps, answer), "[DONE]"]
                 pieces = [ServerSentEvent(data=each).encode() for each in data]
             self.send_response(status)
             self.send_header("Content-Type", kind)
