@@ -4620,13 +4620,12 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             path = self.path.partition("?")[0]
-            key = self.headers["authorization"]
-            is_allowed = not api_key or key == f"Bearer {api_key}"
+            is_allowed = self.headers["authorization"] == f"Bearer {api_key}"
+            is_allowed = is_allowed or not api_key
             status, answer = _demo_answer(path, body, is_allowed, next(numbers))
             kind, pieces = "application/json", [json.dumps(answer).encode()]
             if isinstance(answer, list):
-                kind = "text/event-stream"
-                data = [*map(json.dumps, answer), "[DONE]"]
+                kind, data = "text/event-stream", [*map(json.dumps, answer), "[DONE]"]
                 pieces = [ServerSentEvent(data=each).encode() for each in data]
             self.send_response(status)
             self.send_header("Content-Type", kind)
