@@ -523,6 +523,81 @@ async def aconnect_sse(
 # Nothing is validated: a value without a field, or not of its type, is in `raw` alone.
 
 
+def _dicts(value: Any) -> list[Json]:
+    """Return the dicts in a value that should be a list of them."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _string(value: Any) -> str | None:
+    return value if type(value) is str else None
+
+
+def _repair_surrogates(text: str) -> str:
+    """Return the text with surrogate pairs joined, and a lone half as U+FFFD.
+
+    Some servers send an emoji as two escapes, `"\\ud83d"` and `"\\ude42"`, in two
+    chunks. Python keeps them as two characters, which no encoding takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _repair_strings(value: Any) -> Any:
+    """Return a copy of a JSON value with surrogate pairs repaired."""
+    if isinstance(value, dict):
+        return {name: _repair_strings(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_repair_strings(item) for item in value]
+    return _repair_surrogates(value) if isinstance(value, str) else value
+
+
+def _converter(hint: Any) -> Callable[[Any], Any]:
+    """Return the function that converts a JSON value; it returns None if it cannot."""
+    if hint in (int, float):
+        # A count that is not a number is better than one that is wrongly 0.
+        return lambda sent: sent
+    args = typing.get_args(hint)
+    if type(None) in args:  # X | None
+        hint, args = args[0], typing.get_args(args[0])
+    expected = typing.get_origin(hint) or hint
+    model: Any = args[0] if expected is list else hint
+    if not hasattr(model, "from_dict"):
+        return lambda sent: sent if type(sent) is expected else None
+    if expected is list:
+        return lambda sent: [model.from_dict(d) for d in _dicts(sent)]
+    return lambda sent: model.from_dict(sent) if type(sent) is dict else None
+
+
+@functools.cache
+def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
+    """Map each field name to the function that converts its JSON value."""
+    hints = typing.get_type_hints(model)
+    return {
+        name: _converter(hints[name])
+        for name in model.__dataclass_fields__
+        if name != "response_headers"
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a field as JSON has it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value._to_json() if isinstance(value, _Model) else value
+
+
+def _holds_models(value: Any, sent: Any) -> bool:
+    """Tell whether a value is one of our types, or a list of them without a gap."""
+    if isinstance(value, list):
+        is_complete = isinstance(sent, list) and len(sent) == len(value)
+        return is_complete and any(isinstance(item, _Model) for item in value)
+    return isinstance(value, _Model) and sent is not None
+
+
 class _Model:
     """The base of the chat types.
 
@@ -605,95 +680,39 @@ class _Model:
         return f"{type(self).__name__}({', '.join(pairs)})"
 
 
-@functools.cache
-def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
-    """Map each field name to the function that converts its JSON value."""
-    hints = typing.get_type_hints(model)
-    return {
-        name: _converter(hints[name])
-        for name in model.__dataclass_fields__
-        if name != "response_headers"
-    }
-
-
-def _converter(hint: Any) -> Callable[[Any], Any]:
-    """Return the function that converts a JSON value; it returns None if it cannot."""
-    if hint in (int, float):
-        # A count that is not a number is better than one that is wrongly 0.
-        return lambda sent: sent
-    args = typing.get_args(hint)
-    if type(None) in args:  # X | None
-        hint, args = args[0], typing.get_args(args[0])
-    expected = typing.get_origin(hint) or hint
-    model: Any = args[0] if expected is list else hint
-    if not hasattr(model, "from_dict"):
-        return lambda sent: sent if type(sent) is expected else None
-    if expected is list:
-        return lambda sent: [model.from_dict(d) for d in _dicts(sent)]
-    return lambda sent: model.from_dict(sent) if type(sent) is dict else None
-
-
-def _dicts(value: Any) -> list[Json]:
-    """Return the dicts in a value that should be a list of them."""
-    items = value if isinstance(value, list) else []
-    return [item for item in items if isinstance(item, dict)]
-
-
-def _string(value: Any) -> str | None:
-    return value if type(value) is str else None
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of a field as JSON has it."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value._to_json() if isinstance(value, _Model) else value
-
-
-def _holds_models(value: Any, sent: Any) -> bool:
-    """Tell whether a value is one of our types, or a list of them without a gap."""
-    if isinstance(value, list):
-        is_complete = isinstance(sent, list) and len(sent) == len(value)
-        return is_complete and any(isinstance(item, _Model) for item in value)
-    return isinstance(value, _Model) and sent is not None
-
-
-def _repair_surrogates(text: str) -> str:
-    """Return the text with surrogate pairs joined, and a lone half as U+FFFD.
-
-    Some servers send an emoji as two escapes, `"\\ud83d"` and `"\\ude42"`, in two
-    chunks. Python keeps them as two characters, which no encoding takes.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-def _repair_strings(value: Any) -> Any:
-    """Return a copy of a JSON value with surrogate pairs repaired."""
-    if isinstance(value, dict):
-        return {name: _repair_strings(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_repair_strings(item) for item in value]
-    return _repair_surrogates(value) if isinstance(value, str) else value
-
-
-class _SurrogateJoiner:
-    """Joins surrogate pairs that were cut between two texts."""
-
-    def __init__(self) -> None:
-        decoder = codecs.getincrementaldecoder("utf-16-le")
-        self._decode = decoder("replace").decode
-
-    def join(self, text: str, final: bool = False) -> str:
-        """Return the text, from a half that was held back, up to one at its end."""
-        return self._decode(text.encode("utf-16-le", "surrogatepass"), final)
-
-
 # The names of reasoning: most servers; Ollama, vLLM, Groq and OpenRouter; Copilot.
 _REASONING_NAMES = ("reasoning_content", "reasoning", "reasoning_text")
+
+
+def _part_text(value: Any) -> str:
+    """Return a text that is there as such, or as a list of {"text": …}."""
+    if isinstance(value, list):
+        return "".join(_string(item.get("text")) or "" for item in _dicts(value))
+    return _string(value) or ""
+
+
+def _content_texts(content: Any) -> Iterator[str]:
+    """Yield the texts of a content that is a list of parts, or one part."""
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if type(text) is str:
+            yield text
+
+
+def _find_reasoning(d: Json) -> str | None:
+    """Return the reasoning of a message or a delta, None if there is none."""
+    for name in _REASONING_NAMES:
+        if d.get(name) and type(d[name]) is str:
+            return d[name]  # type: ignore[no-any-return]
+    # Mistral: {"type": "thinking", "thinking": [{"type": "text", "text": …}]}
+    # Databricks: {"type": "reasoning", "summary": [{"type": …, "text": …}]}
+    parts = _dicts(d.get("content"))
+    texts = [_part_text(part.get("thinking", part.get("summary"))) for part in parts]
+    # MiniMax, OpenRouter: [{"type": "reasoning.text", "text": …}], or with a "summary"
+    if not any(texts):
+        details = _dicts(d.get("reasoning_details"))
+        texts = [_part_text(item.get("text", item.get("summary"))) for item in details]
+    return "".join(texts) or None
 
 
 class _Message(_Model):
@@ -718,37 +737,6 @@ class _Message(_Model):
             return [name]
         # Groq and Cerebras send `reasoning`, and refuse any other name with 400.
         return [sent for sent in _REASONING_NAMES if self.raw.get(sent)] or [name]
-
-
-def _find_reasoning(d: Json) -> str | None:
-    """Return the reasoning of a message or a delta, None if there is none."""
-    for name in _REASONING_NAMES:
-        if d.get(name) and type(d[name]) is str:
-            return d[name]  # type: ignore[no-any-return]
-    # Mistral: {"type": "thinking", "thinking": [{"type": "text", "text": …}]}
-    # Databricks: {"type": "reasoning", "summary": [{"type": …, "text": …}]}
-    parts = _dicts(d.get("content"))
-    texts = [_part_text(part.get("thinking", part.get("summary"))) for part in parts]
-    # MiniMax, OpenRouter: [{"type": "reasoning.text", "text": …}], or with a "summary"
-    if not any(texts):
-        details = _dicts(d.get("reasoning_details"))
-        texts = [_part_text(item.get("text", item.get("summary"))) for item in details]
-    return "".join(texts) or None
-
-
-def _part_text(value: Any) -> str:
-    """Return a text that is there as such, or as a list of {"text": …}."""
-    if isinstance(value, list):
-        return "".join(_string(item.get("text")) or "" for item in _dicts(value))
-    return _string(value) or ""
-
-
-def _content_texts(content: Any) -> Iterator[str]:
-    """Yield the texts of a content that is a list of parts, or one part."""
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if type(text) is str:
-            yield text
 
 
 @dataclass(repr=False)
@@ -1258,6 +1246,20 @@ def _reports_error(value: Any) -> bool:
     return bool(value)
 
 
+def _find_flat_error(payload: Json) -> Any:
+    """Return the error in a payload that has no choices."""
+    for name in ("errors", "detail"):
+        if _reports_error(payload.get(name)):
+            return payload[name]
+    if _reports_error(payload.get("error_code")):
+        return payload
+    if payload.get("message"):
+        is_error_type = "error" in str(payload.get("type")).lower()
+        if is_error_type or _reports_error(payload.get("code")):
+            return payload
+    return None
+
+
 def _find_error(payload: Any) -> Any:
     """Return the part of a payload that reports an error, None if it reports none."""
     if type(payload) is list and len(payload) == 1:
@@ -1290,20 +1292,6 @@ def _find_error(payload: Any) -> Any:
 _ERROR_NAMES = frozenset(["error", "x_groq", "base_resp"])
 
 
-def _find_flat_error(payload: Json) -> Any:
-    """Return the error in a payload that has no choices."""
-    for name in ("errors", "detail"):
-        if _reports_error(payload.get(name)):
-            return payload[name]
-    if _reports_error(payload.get("error_code")):
-        return payload
-    if payload.get("message"):
-        is_error_type = "error" in str(payload.get("type")).lower()
-        if is_error_type or _reports_error(payload.get("code")):
-            return payload
-    return None
-
-
 # Where an error keeps its text, the most telling name first.
 _TEXT_NAMES = (
     "message",
@@ -1319,6 +1307,42 @@ _TEXT_NAMES = (
     "reason",
     "title",
 )
+
+
+_json_decoder: Any = json.JSONDecoder()
+_scan_json = _json_decoder.scan_once
+
+
+def _parse_json(text: str) -> tuple[Any, Exception | None]:
+    """Return the value of a JSON text and None, or None and why it is not JSON."""
+    # Micro-optimization: json.loads also searches for white space around the value.
+    # Events have none, and without that search this takes half the time.
+    value, end = None, -1
+    if text[:1] == "{":
+        try:
+            value, end = _scan_json(text, 0)
+        except (ValueError, RecursionError, StopIteration):
+            end = -1  # json.loads says where
+    if end == len(text):
+        return value, None
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:
+        return None, error
+
+
+def _excerpt(text: str, length: int) -> str:
+    """Return the beginning of a text, on one line."""
+    text = " ".join(text[: 4 * length].split())
+    return text if len(text) <= length else text[: length - 2] + " …"
+
+
+def _page_title(page: str) -> str:
+    """Return the title of a page of HTML, else the beginning of its text."""
+    found = re.search(r"(?is)<title[^>]{0,200}>(.{1,400}?)</title", page[:20_000])
+    if found:
+        return found[1]
+    return re.sub(r"(?s)<[^>]{0,1000}>", " ", page[:2000])
 
 
 def _error_text(error: Any, depth: int = 4) -> str:
@@ -1343,20 +1367,6 @@ def _error_text(error: Any, depth: int = 4) -> str:
     if text[:1] == "<":  # a page of a gateway
         return _excerpt(_page_title(text), _EXCERPT)
     return _excerpt(text, _ERROR_EXCERPT)
-
-
-def _excerpt(text: str, length: int) -> str:
-    """Return the beginning of a text, on one line."""
-    text = " ".join(text[: 4 * length].split())
-    return text if len(text) <= length else text[: length - 2] + " …"
-
-
-def _page_title(page: str) -> str:
-    """Return the title of a page of HTML, else the beginning of its text."""
-    found = re.search(r"(?is)<title[^>]{0,200}>(.{1,400}?)</title", page[:20_000])
-    if found:
-        return found[1]
-    return re.sub(r"(?s)<[^>]{0,1000}>", " ", page[:2000])
 
 
 def _error_details(error: Any) -> list[Json]:
@@ -1409,36 +1419,6 @@ def _server_error_fields(text: str) -> tuple[Any, ...]:
     )
 
 
-_json_decoder: Any = json.JSONDecoder()
-_scan_json = _json_decoder.scan_once
-
-
-def _parse_json(text: str) -> tuple[Any, Exception | None]:
-    """Return the value of a JSON text and None, or None and why it is not JSON."""
-    try:
-        # Micro-optimization: json.loads also searches for white space around the value.
-        # Events have none, and without that search this takes two thirds of the time.
-        if text[:1] == "{":
-            value, end = _scan_json(text, 0)
-            if end == len(text):
-                return value, None
-        return json.loads(text), None
-    except (ValueError, RecursionError) as error:
-        return None, error
-
-
-def _reason(cause: BaseException) -> str:
-    """Return the words of an exception, or of its cause: trio's have none."""
-    error: BaseException | None = cause
-    while error is not None and not str(error):
-        error = error.__cause__ or error.__context__
-    return str(error or type(cause).__name__)
-
-
-def _is_timeout(cause: BaseException | None) -> bool:
-    return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
-
-
 # ---- Accumulating --------------------------------------------------------------------
 
 # Texts that arrive in pieces, in a message and in its parts. Of all else that has no
@@ -1488,6 +1468,19 @@ def _clean_copy(value: Any, depth: int = 0) -> Any:
     return _repair_surrogates(value) if isinstance(value, str) else value
 
 
+def _add_text(target: Json, name: str, text: str) -> None:
+    """Add to a text, which is kept as a bytearray of UTF-8 while it grows.
+
+    A list of its pieces would take ten times the memory, and adding strings the square
+    of the time.
+    """
+    old, data = target.get(name), _to_bytes(text)
+    if not isinstance(old, bytearray):
+        target[name] = bytearray(data)
+    elif name not in _SIGNATURE_NAMES or old != data:
+        old += data
+
+
 def _merge(target: Json, addition: Json, depth: int = 1) -> None:
     """Add to a dict: texts and lists grow, dicts are merged, other values replaced."""
     if depth > MAX_DEPTH:
@@ -1511,19 +1504,6 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
             _merge(old, value, depth + 1)
         else:
             target[name] = _clean_copy(value, depth)
-
-
-def _add_text(target: Json, name: str, text: str) -> None:
-    """Add to a text, which is kept as a bytearray of UTF-8 while it grows.
-
-    A list of its pieces would take ten times the memory, and adding strings the square
-    of the time.
-    """
-    old, data = target.get(name), _to_bytes(text)
-    if not isinstance(old, bytearray):
-        target[name] = bytearray(data)
-    elif name not in _SIGNATURE_NAMES or old != data:
-        old += data
 
 
 class _GrowingList(list[Any]):
@@ -1559,6 +1539,24 @@ class _GrowingList(list[Any]):
                 old = self._by_key[index, kind] = {}
                 self.append(old)
             _merge(old, item, depth + 1)
+
+
+def _name_and_text(piece: ChoiceDeltaToolCall) -> tuple[str | None, str | None]:
+    """Return the name in a piece, and its arguments or the input of a custom tool."""
+    if piece.function is not None:
+        return piece.function.name, piece.function.arguments
+    custom = (piece.extra or {}).get("custom")
+    if isinstance(custom, dict):
+        return _string(custom.get("name")), _string(custom.get("input"))
+    return None, None
+
+
+def _is_json_object(data: bytearray) -> bool:
+    # Micro-optimization: most texts that are not whole are seen by their ends.
+    if data.lstrip()[:1] != b"{" or data.rstrip()[-1:] != b"}":
+        return False
+    value, _ = _parse_json(data.decode("utf-8", "surrogatepass"))
+    return isinstance(value, dict)
 
 
 class _ToolCallBuilder:
@@ -1657,24 +1655,6 @@ class _ToolCallBuilder:
         if self.text.startswith(b"{}") and _is_json_object(self.text[2:]):
             return self.text[2:]
         return self.text
-
-
-def _name_and_text(piece: ChoiceDeltaToolCall) -> tuple[str | None, str | None]:
-    """Return the name in a piece, and its arguments or the input of a custom tool."""
-    if piece.function is not None:
-        return piece.function.name, piece.function.arguments
-    custom = (piece.extra or {}).get("custom")
-    if isinstance(custom, dict):
-        return _string(custom.get("name")), _string(custom.get("input"))
-    return None, None
-
-
-def _is_json_object(data: bytearray) -> bool:
-    # Micro-optimization: most texts that are not whole are seen by their ends.
-    if data.lstrip()[:1] != b"{" or data.rstrip()[-1:] != b"}":
-        return False
-    value, _ = _parse_json(data.decode("utf-8", "surrogatepass"))
-    return isinstance(value, dict)
 
 
 class _ToolCalls:
@@ -2436,6 +2416,18 @@ def _connect_advice(url: str, causes: list[BaseException]) -> str:
 _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
+def _reason(cause: BaseException) -> str:
+    """Return the words of an exception, or of its cause: trio's have none."""
+    error: BaseException | None = cause
+    while error is not None and not str(error):
+        error = error.__cause__ or error.__context__
+    return str(error or type(cause).__name__)
+
+
+def _is_timeout(cause: BaseException | None) -> bool:
+    return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """Return an exception and those behind it, also in groups."""
     found: list[BaseException] = []
@@ -2613,6 +2605,17 @@ def _find_api_key(options: Json, pool: _Pool) -> str:
     return (api_key or "").strip()
 
 
+def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Response:
+    """Return a copy, since the response itself holds the request, and so the key."""
+    framing = (b"content-encoding", b"content-length", b"transfer-encoding")
+    headers = [
+        (name, secrets.redact(value.decode("latin-1")).encode("latin-1"))
+        for name, value in response.headers.raw
+        if name.lower() not in framing
+    ]
+    return type(response)(response.status_code, headers=headers, content=content)
+
+
 class _Request:
     """A request, checked: its bytes are made here, not when it is sent."""
 
@@ -2713,17 +2716,6 @@ class _Request:
         if status == 404 and "/v1" not in _public_url(self.url):
             return "most servers want a base_url that ends in /v1"
         return ""
-
-
-def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Response:
-    """Return a copy, since the response itself holds the request, and so the key."""
-    framing = (b"content-encoding", b"content-length", b"transfer-encoding")
-    headers = [
-        (name, secrets.redact(value.decode("latin-1")).encode("latin-1"))
-        for name, value in response.headers.raw
-        if name.lower() not in framing
-    ]
-    return type(response)(response.status_code, headers=headers, content=content)
 
 
 def _chat_request(
@@ -3041,6 +3033,28 @@ def _check_size(payload: Any) -> None:
     raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
 
 
+def _is_completion(payload: Any) -> bool:
+    """Tell whether JSON is an answer; Gemini leaves out the message of an empty one."""
+    if type(payload) is not dict:
+        return False
+    choices = _dicts(payload.get("choices"))
+    return bool(choices) and all(
+        type(choice.get("message")) is dict or _find_finish_reason(choice)
+        for choice in choices
+    )
+
+
+def _without_deltas(payload: Any) -> Any:
+    """Return a whole answer without deltas beside its messages (Perplexity)."""
+    if type(payload) is not dict:
+        return payload
+    choices = [
+        {name: value for name, value in choice.items() if name != "delta"}
+        for choice in _dicts(payload.get("choices"))
+    ]
+    return {**payload, "choices": choices} if "choices" in payload else payload
+
+
 class _AnswerReader(_Reader):
     """Takes the bytes of one body, returns its chunks, and judges how the answer ended.
 
@@ -3259,28 +3273,6 @@ class _AnswerReader(_Reader):
         return self.fail(error)
 
 
-def _without_deltas(payload: Any) -> Any:
-    """Return a whole answer without deltas beside its messages (Perplexity)."""
-    if type(payload) is not dict:
-        return payload
-    choices = [
-        {name: value for name, value in choice.items() if name != "delta"}
-        for choice in _dicts(payload.get("choices"))
-    ]
-    return {**payload, "choices": choices} if "choices" in payload else payload
-
-
-def _is_completion(payload: Any) -> bool:
-    """Tell whether JSON is an answer; Gemini leaves out the message of an empty one."""
-    if type(payload) is not dict:
-        return False
-    choices = _dicts(payload.get("choices"))
-    return bool(choices) and all(
-        type(choice.get("message")) is dict or _find_finish_reason(choice)
-        for choice in choices
-    )
-
-
 class _ModelsReader(_Reader):
     """Takes the bytes of a list of models, and returns their names."""
 
@@ -3361,6 +3353,22 @@ def _unpack_error_body(encoding: str, body: bytes) -> bytes:
     return bytes(unpacked)
 
 
+def _interrupt_read(response: Any) -> None:
+    """End the read of a response in another thread: shut its socket down.
+
+    Over HTTP/2 other streams share the socket, so there nothing is done.
+    """
+    import socket
+
+    if response is None or response.is_closed:
+        return
+    stream = response.extensions.get("network_stream")
+    if stream is None or not response.http_version.startswith("HTTP/1"):
+        return
+    with suppress(Exception):
+        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
 class _Timer:
     """Interrupts reads of sync code that take too long: one thread for the process.
 
@@ -3428,22 +3436,6 @@ def _timer_of(process: int) -> _Timer:
 def _timer() -> _Timer:
     """Return the timer of this process; a forked child has no threads of its parent."""
     return _timer_of(os.getpid())
-
-
-def _interrupt_read(response: Any) -> None:
-    """End the read of a response in another thread: shut its socket down.
-
-    Over HTTP/2 other streams share the socket, so there nothing is done.
-    """
-    import socket
-
-    if response is None or response.is_closed:
-        return
-    stream = response.extensions.get("network_stream")
-    if stream is None or not response.http_version.startswith("HTTP/1"):
-        return
-    with suppress(Exception):
-        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def _drain(reads: Iterator[bytes], response: Any, seconds: float) -> bytes:
@@ -3548,6 +3540,13 @@ async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
     raise reader.verdict()
 
 
+def _is_transport_error(error: Exception) -> bool:
+    """Tell whether an exception of an iterable says how the body ended."""
+    root = type(error).__module__.partition(".")[0]
+    libraries = ("aiohttp", "h11", "http", "httpcore", "httpx", "httpx2", "urllib3")
+    return isinstance(error, OSError) or root in libraries
+
+
 def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
     """Return what the next read brings, None at the end, however that came about."""
     control, deadline = reader.control, reader.deadline
@@ -3586,13 +3585,6 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
             raise
         reader.cause = error
     return None
-
-
-def _is_transport_error(error: Exception) -> bool:
-    """Tell whether an exception of an iterable says how the body ended."""
-    root = type(error).__module__.partition(".")[0]
-    libraries = ("aiohttp", "h11", "http", "httpcore", "httpx", "httpx2", "urllib3")
-    return isinstance(error, OSError) or root in libraries
 
 
 def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
@@ -3645,6 +3637,28 @@ async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]
                 await _adrain(reads, response, _DRAIN_TIMEOUT)
 
 
+# Generators of a parent process: closing them here could wait for a lock for good.
+_left_to_parent: list[Any] = []
+
+
+def _close_quietly(items: Generator[Any]) -> None:
+    with suppress(Exception):
+        items.close()
+
+
+def _close_elsewhere(items: Any, process: int) -> None:
+    """Close the generator of a stream that was dropped before its end."""
+    if items.gi_frame is None:  # it has ended
+        return
+    if os.getpid() != process:
+        _left_to_parent.append(items)
+        return
+    try:
+        threading.Thread(target=_close_quietly, args=[items], daemon=True).start()
+    except RuntimeError:  # no thread can be started
+        _close_quietly(items)
+
+
 class _SyncStream:
     """The base of the sync streams: it closes the generator that does the work."""
 
@@ -3671,28 +3685,6 @@ class _SyncStream:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-# Generators of a parent process: closing them here could wait for a lock for good.
-_left_to_parent: list[Any] = []
-
-
-def _close_elsewhere(items: Any, process: int) -> None:
-    """Close the generator of a stream that was dropped before its end."""
-    if items.gi_frame is None:  # it has ended
-        return
-    if os.getpid() != process:
-        _left_to_parent.append(items)
-        return
-    try:
-        threading.Thread(target=_close_quietly, args=[items], daemon=True).start()
-    except RuntimeError:  # no thread can be started
-        _close_quietly(items)
-
-
-def _close_quietly(items: Generator[Any]) -> None:
-    with suppress(Exception):
-        items.close()
 
 
 class _AsyncStream:
@@ -3740,6 +3732,24 @@ class _Answer:
         if self.response is not None:
             completion.response_headers = dict(self.response.headers)
         return completion
+
+
+class _SurrogateJoiner:
+    """Joins surrogate pairs that were cut between two texts."""
+
+    def __init__(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-16-le")
+        self._decode = decoder("replace").decode
+
+    def join(self, text: str, final: bool = False) -> str:
+        """Return the text, from a half that was held back, up to one at its end."""
+        return self._decode(text.encode("utf-16-le", "surrogatepass"), final)
+
+
+def _first_text(chunk: ChatCompletionChunk) -> str:
+    """Return the text of the first answer as it came, also half a surrogate pair."""
+    first = [choice for choice in chunk.choices if choice.index == 0]
+    return "".join(choice.delta.content or "" for choice in first)
 
 
 class ChatStream(
@@ -3816,12 +3826,6 @@ class AsyncChatStream(
             yield text
 
 
-def _first_text(chunk: ChatCompletionChunk) -> str:
-    """Return the text of the first answer as it came, also half a surrogate pair."""
-    first = [choice for choice in chunk.choices if choice.index == 0]
-    return "".join(choice.delta.content or "" for choice in first)
-
-
 def iter_chunks(
     chunks: Iterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> Iterator[ChatCompletionChunk]:
@@ -3881,6 +3885,15 @@ def _check_wait(name: str, value: Any) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected seconds from 0 on, got {value!r}")
     return float(value)
+
+
+# What httpx raises for a request that it cannot send at all.
+_OWN_FAULTS = ("InvalidURL", "LocalProtocolError", "UnsupportedProtocol")
+
+
+def _is_temporary(status: int | None) -> bool:
+    """Tell whether a server is asked again after a status."""
+    return status is not None and (status in (408, 429) or status >= 500)
 
 
 class _Reconnection:
@@ -4003,15 +4016,6 @@ class _Reconnection:
         return wait
 
 
-# What httpx raises for a request that it cannot send at all.
-_OWN_FAULTS = ("InvalidURL", "LocalProtocolError", "UnsupportedProtocol")
-
-
-def _is_temporary(status: int | None) -> bool:
-    """Tell whether a server is asked again after a status."""
-    return status is not None and (status in (408, 429) or status >= 500)
-
-
 def _same_origin(request: Request, other: Request) -> bool:
     def origin(url: Any) -> tuple[Any, ...]:
         default = {"http": 80, "https": 443}.get(url.scheme)
@@ -4045,6 +4049,18 @@ def _check_request(request: Json) -> Json:
     return request
 
 
+def _check_url(url: str) -> None:
+    from urllib.parse import urlsplit
+
+    parts = None
+    with suppress(ValueError):
+        candidate = urlsplit(url)
+        if candidate.port != 0:
+            parts = candidate
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("url: expected an http or https URL")
+
+
 class _Listener:
     """What both twins are made of: the plan, the client and the request."""
 
@@ -4072,18 +4088,6 @@ class _Listener:
         return client.build_request(
             plan.method, plan.url, headers=plan.headers(), **self._request
         )
-
-
-def _check_url(url: str) -> None:
-    from urllib.parse import urlsplit
-
-    parts = None
-    with suppress(ValueError):
-        candidate = urlsplit(url)
-        if candidate.port != 0:
-            parts = candidate
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("url: expected an http or https URL")
 
 
 def _follow(client: Any, request: Any, control: _Control) -> Any:
@@ -4134,6 +4138,12 @@ def _listen(listener: _Listener) -> Generator[ServerSentEvent]:
                 control.wait(plan.wait())
 
 
+async def _anext_event(events: Any, control: _Control) -> ServerSentEvent | None:
+    with control.limit(None):
+        return await anext(events, None)
+    return None
+
+
 async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
     """Async twin of `_listen`."""
     import anyio
@@ -4163,12 +4173,6 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
                 plan.end(fault)
                 with control.limit(None):
                     await anyio.sleep(plan.wait())
-
-
-async def _anext_event(events: Any, control: _Control) -> ServerSentEvent | None:
-    with control.limit(None):
-        return await anext(events, None)
-    return None
 
 
 class EventStream(
@@ -4333,6 +4337,20 @@ def astream_chat(messages: Messages, **options: Unpack[ChatOptions]) -> AsyncCha
     return AsyncChatStream(_chat_request(messages, dict(options), pool, is_stream=True))
 
 
+def _generate(request: _Request) -> ChatCompletion:
+    with ChatStream(request) as stream:
+        for _ in stream:
+            pass
+        return stream._whole()
+
+
+async def _agenerate(request: _Request) -> ChatCompletion:
+    async with AsyncChatStream(request) as stream:
+        async for _ in stream:
+            pass
+        return stream._whole()
+
+
 def generate(messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
     """Ask as `stream_chat` does, and return the whole answer. Raises APIError."""
     pool = _Pool("Client", options.get("client"))
@@ -4346,36 +4364,6 @@ async def agenerate(
     pool = _Pool("AsyncClient", options.get("client"))
     request = _chat_request(messages, dict(options), pool, is_stream=False)
     return await _agenerate(request)
-
-
-def models(**options: Unpack[ChatOptions]) -> list[str]:
-    """Return the names of the models that a server lists. Raises APIError.
-
-    Of the options of `stream_chat`, those count that say where and how to ask. The
-    limit for the whole list is 30 seconds, or `first_token_timeout`.
-    """
-    pool = _Pool("Client", options.get("client"))
-    return _models(_models_request(dict(options), pool))
-
-
-async def amodels(**options: Unpack[ChatOptions]) -> list[str]:
-    """Async twin of `models`."""
-    pool = _Pool("AsyncClient", options.get("client"))
-    return await _amodels(_models_request(dict(options), pool))
-
-
-def _generate(request: _Request) -> ChatCompletion:
-    with ChatStream(request) as stream:
-        for _ in stream:
-            pass
-        return stream._whole()
-
-
-async def _agenerate(request: _Request) -> ChatCompletion:
-    async with AsyncChatStream(request) as stream:
-        async for _ in stream:
-            pass
-        return stream._whole()
 
 
 def _models(request: _Request) -> list[str]:
@@ -4393,6 +4381,22 @@ async def _amodels(request: _Request) -> list[str]:
         async for names in items:
             return names
     raise reader.verdict()
+
+
+def models(**options: Unpack[ChatOptions]) -> list[str]:
+    """Return the names of the models that a server lists. Raises APIError.
+
+    Of the options of `stream_chat`, those count that say where and how to ask. The
+    limit for the whole list is 30 seconds, or `first_token_timeout`.
+    """
+    pool = _Pool("Client", options.get("client"))
+    return _models(_models_request(dict(options), pool))
+
+
+async def amodels(**options: Unpack[ChatOptions]) -> list[str]:
+    """Async twin of `models`."""
+    pool = _Pool("AsyncClient", options.get("client"))
+    return await _amodels(_models_request(dict(options), pool))
 
 
 class _Client:
@@ -4616,13 +4620,12 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             path = self.path.partition("?")[0]
-            key = self.headers["authorization"]
-            is_allowed = not api_key or key == f"Bearer {api_key}"
+            is_allowed = self.headers["authorization"] == f"Bearer {api_key}"
+            is_allowed = is_allowed or not api_key
             status, answer = _demo_answer(path, body, is_allowed, next(numbers))
             kind, pieces = "application/json", [json.dumps(answer).encode()]
             if isinstance(answer, list):
-                kind = "text/event-stream"
-                data = [*map(json.dumps, answer), "[DONE]"]
+                kind, data = "text/event-stream", [*map(json.dumps, answer), "[DONE]"]
                 pieces = [ServerSentEvent(data=each).encode() for each in data]
             self.send_response(status)
             self.send_header("Content-Type", kind)
