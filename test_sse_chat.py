@@ -59,7 +59,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
-from hypothesis import Phase, assume, example, given, settings, stateful
+from hypothesis import Phase, example, given, settings, stateful
 from hypothesis import strategies as st
 
 import sse_chat
@@ -107,8 +107,6 @@ pytestmark = [
 NOT_YET = [
     "test_decoders_follow_the_standard_however_bytes_are_cut",
     "test_readme_names_no_class_that_there_is_not",
-    "new connections that break",
-    "a new connection that breaks",
 ]
 
 # ---- Vocabulary: the bytes that servers send -----------------------------------------
@@ -912,6 +910,8 @@ BY_NAME = {
     "service_tier": st.just("default"),
     "reasoning_content": st.text("r", min_size=1),
     "function_call": st.fixed_dictionaries({"arguments": WORDS, "name": WORDS}),
+    # A JSON object, as an accumulator mends arguments that are none.
+    "arguments": st.sampled_from(["{}", '{"a": [1, 2]}', '{"ü": "🙂"}']),
     "annotations": st.just([{"type": "url_citation", "url_citation": CITATION}]),
     "audio": st.just({"id": "a", "data": "", "expires_at": 1, "transcript": "t"}),
     # What is no field of ours; Gemini refuses the next turn without its own.
@@ -991,7 +991,7 @@ def as_openai_has_it(ours, theirs):
 
 @given(sent_as(ANSWER_TYPES))
 def test_types_hold_and_print_the_same_as_openais(answer):
-    model, sent = answer[0], without(answer[1], "extra", "timings")
+    model, sent = answer[0], without(answer[1], "extra", "extra_content", "timings")
     theirs = getattr(needs("openai.types.chat"), model.__name__).model_validate(sent)
     ours = model.from_dict(sent)
     assert repr(ours) == as_openai_has_it(ours, theirs)
@@ -1016,13 +1016,19 @@ ANY_JSON = st.recursive(
 )
 
 
+def repaired(value):
+    """The same with U+FFFD for each lone half of a character."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+    return json.loads(text.decode("utf-16", "replace"))
+
+
 @examples(2)
 @given(sent_as(CHAT_TYPES, wrong=ANY_JSON))
 def test_from_dict_never_raises(answer):
     model, sent = answer
     before = copy.deepcopy(sent)
     made = model.from_dict(sent)
-    assert model.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert model.from_dict(made.to_dict()) == model.from_dict(repaired(sent))
     assert isinstance(repr(made), str)
     if model in ANSWER_TYPES:
         assert isinstance(made.text, str) and isinstance(made.reasoning, str)
@@ -1046,7 +1052,6 @@ def indices_of(choice):
 @given(ODD_CHOICES)
 def test_only_indices_make_a_chunk_invalid(choice):
     chunk, indices = indices_of(choice)
-    assume(min(indices) >= 0)
     known = max(indices) < 1024
     with contextlib.nullcontext() if known else pytest.raises(ValueError):
         completion = accumulate([chunk, chunk])
@@ -1055,7 +1060,7 @@ def test_only_indices_make_a_chunk_invalid(choice):
 
 def test_the_choices_of_the_test_above_hold_large_indices():
     [share] = shares(ODD_CHOICES, lambda choice: max(indices_of(choice)[1]) >= 1024)
-    assert 0.05 < share < 0.5
+    assert 0.05 < share < 0.8
 
 
 # A delta or message; its text and its reasoning
@@ -1105,6 +1110,7 @@ CHOICES = [
     ({"finish_reason": None, "finishReason": "STOP"}, (5, "STOP")),
     ({"finish_reason": "stop", "finishReason": "STOP"}, (6, "stop")),
     ({"finish_reason": "\ud83d"}, (7, "\ufffd")),
+    ({"index": -1, "finish_reason": "stop"}, (8, "stop")),
 ]
 
 
@@ -1187,7 +1193,8 @@ def pieces_of(value, by, name=""):
     if isinstance(value, dict):
         pieces = [(IN_CHUNKS.get(k, k), pieces_of(v, by, k)) for k, v in value.items()]
         queues = [[{k: piece} for piece in queue] for k, queue in pieces]
-        return shuffled(queues, by)
+        # What follows the end of a choice would open it again.
+        return sorted(shuffled(queues, by), key=lambda piece: "finish_reason" in piece)
     if isinstance(value, list):
         return [[item] for item in value]
     if name not in CUT_ANYWHERE:
@@ -1237,14 +1244,14 @@ def test_chunks_accumulate_to_the_whole_answer(stream):
 TOOL_CALLS = {
     "by index in any order": ("1|b|g|2 0|a|f|1 1|||2", "a|f|1 b|g|22"),
     "by index and not by place": ("1|b|g|2+0|a|f|1 0|||3+1|||4", "a|f|13 b|g|24"),
-    "id and name are set once": ("0|a|f|1 0|a|g|2 0|||3", "a|f|123"),
+    "a name in pieces": ("0|a|f|1 0|a|g|2 0|a|fg|3 0|||4", "a|fg|1234"),
     "id and name may come late": ("0|||1 0|a||2 0||f|", "a|f|12"),
     "another id is another call": ("0|a|f|1 0|b|g|2 0|||3", "a|f|1 b|g|23"),
     "without index by place": ("|a|f|1+|b|g|2 |||3+|||4", "a|f|13 b|g|24"),
     "without id and index by place": ("||f|1+||g|2 |||3+|||4", "|f|13 |g|24"),
     "a new id opens a call": ("|a|f|1 |b|g|2 |||3", "a|f|1 b|g|23"),
     "a known id continues it": ("|a|f|1 |b|g|2 |a||3", "a|f|13 b|g|2"),
-    "an index then none": ("0|a|f|1 1|b|g|2 |||3 |b||4", "a|f|13 b|g|24"),
+    "an index then none": ("0|a|f|1 1|b|g|2 |||3 |a||4", "a|f|14 b|g|23"),
 }
 
 
@@ -1302,7 +1309,7 @@ def test_a_choice_that_failed_has_no_finish_reason():
 
 
 def levels(number):
-    return functools.reduce(lambda inner, _: [inner], range(number - 1), 1)
+    return functools.reduce(lambda inner, _: [inner], range(number), 1)
 
 
 def with_calls(*calls):
@@ -1326,7 +1333,7 @@ LIMITS = {
     ),
     "levels in a call": (100, lambda n: with_calls({"x": levels(n)})),
     "levels in logprobs": (
-        98,
+        97,
         lambda n: {"choices": [{"logprobs": {"content": [{"bytes": levels(n)}]}}]},
     ),
     "levels in usage": (99, lambda n: {"usage": {"x": levels(n)}}),
@@ -1340,13 +1347,9 @@ def test_accumulating_refuses_more_than_the_limits(most, sent):
     accumulator = ChatAccumulator()
     for chunk in ({"choices": [{"delta": {"x": {"a": 1}}}]}, sent(most)):
         accumulator.add(ChatCompletionChunk.from_dict(chunk))
+    assert accumulator.completion.choices or accumulator.completion.raw
     with pytest.raises(ValueError):
         accumulator.add(ChatCompletionChunk.from_dict(sent(most + 1)))
-
-
-def test_accumulating_refuses_a_negative_index_of_a_choice():
-    with pytest.raises(ValueError):
-        accumulate([chunk_of({}, index=-1)])
 
 
 def test_the_completion_may_be_taken_at_any_time():
@@ -1466,6 +1469,7 @@ BODIES |= {
     "n=2": body(None, *BEGUN, OTHER_STOPPED, STOPPED, options={"n": 2}),
     "n=2, one begun, [DONE]": body(None, *BEGUN, DONE, finish=None, options={"n": 2}),
     "error null": body(None, *BEGUN, choices(error=None), *ENDING),
+    "choice -1": body(None, *BEGUN, event(finish="stop", index=-1)),
     "choice 1023": body(None, *BEGUN, event(finish="x", index=1023), *ENDING),
     "tool call 1023": body(None, calls([1023]), *HELLO),
     "odd tool calls": body(None, calls(["x", None, 0.5, [], {}, True]), *HELLO),
@@ -1629,9 +1633,9 @@ SHAPES = {
         {"error": {"message": [CANARY, "x"]}},
         (None, None, None, f"{CANARY}; x"),
     ),
-    "an unknown message": (
+    "a text in the message": (
         {"error": {"message": {"text": CANARY}}},
-        (None, None, None, f'{{"text": "{CANARY}"}}'),
+        (None, None, None, CANARY),
     ),
     "odd code and type": (
         {"error": {"message": CANARY, "code": [], "type": 5}},
@@ -1730,8 +1734,8 @@ SERVERS |= {
     "no token: a slow head": (SLOW_HEAD, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: heads before the head": (SLOW_102, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: a slow error": ([ERROR_HEAD, ALIVE], ASYNC_FIRST, Timeout, LATE, ""),
-    "no models: silence": ([GONE], LIST | FIRST, Timeout, LATE, ""),
-    "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, LATE, ""),
+    "no models: silence": ([GONE], LIST | FIRST, Timeout, "0.3 s", ""),
+    "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, "0.3 s", ""),
 }  # fmt: skip
 
 
@@ -1769,7 +1773,6 @@ BODIES |= {
     "[DONE] alone": body(Invalid, DONE, text="", says=r"\[DONE\]"),
     "[DONE] after usage": body(Invalid, USAGE_ALONE, DONE, text="", says=r"\[DONE\]"),
     "choice 1024": body(Invalid, *BEGUN, event(index=1024), DONE, says="1024"),
-    "choice -1": body(Invalid, *BEGUN, event(index=-1), DONE, says="-1"),
     "tool call 1024": body(Invalid, *BEGUN, calls([1024]), DONE, says="1024"),
 }
 SERVERS |= {
@@ -1923,11 +1926,11 @@ ATTEMPTS = {
     "seven retries": ([refuse(503)], {"max_retries": 7}, Status, 8, BACKOFF),
     # A kept connection that breaks may have been dead: the client asks again at once.
     "dead connections": ([b"", b"", GOOD], OWN, None, 3, AT_ONCE),
-    "half a head, no HTTP": (
-        [HALF_HEAD, b"gibberish\r\n\r\n"], OWN, Unreachable, 4, AT_ONCE,
-    ),
+    "half a head": ([HALF_HEAD], OWN, Unreachable, 4, AT_ONCE),
+    # What breaks the rules of HTTP does so again.
+    "no HTTP": ([b"gibberish\r\n\r\n"], OWN, Unreachable, 1, None),
     "a head without end": (
-        [play(OPEN_HEAD, b"X: ", MUCH)], OWN | NO_RETRY, Unreachable, 2, AT_ONCE,
+        [play(OPEN_HEAD, b"X: ", MUCH)], OWN, Unreachable, 1, None,
     ),
     # A client of ours that serves one call has kept none.
     "new connections that break": ([b"", b"", GOOD], {}, None, 3, BACKOFF),
@@ -2306,25 +2309,40 @@ def test_an_answer_is_not_whole_before_its_end(body):
         assert body.text.startswith(answer.completion.text)
 
 
+def datas_in(event):
+    """The data of an event; its lines one by one, where it is no JSON as a whole."""
+    try:
+        json.loads(event.data)
+    except ValueError:
+        return event.data.split("\n")
+    return [event.data]
+
+
 def judged(body):
     """The table of endings once more, for a stream that holds nothing but choices."""
     text, reasons = "", {}
+    # Beside the standard: space before all, and a line of nothing but [DONE].
+    body = re.sub(rb"\A(\xef\xbb\xbf)?\s+", b"", body)
+    body = re.sub(rb"(?<![^\r\n])[ \t]*(\[DONE\][ \t]*)(?![^\r\n])", rb"data: \1", body)
     ended = len(list(iter_sse([body])))  # the rest, no blank line ended
-    for number, event in enumerate(iter_sse([body, b"\n\n"]), 1):
-        if event.data.startswith("[DONE]"):
+    events = enumerate(iter_sse([body, b"\n\n"]), 1)
+    for number, data in ((n, data.strip()) for n, e in events for data in datas_in(e)):
+        if data.startswith("[DONE]"):
             return text, NoneType if reasons else Invalid
         try:
-            choices = json.loads(event.data or "{}").get("choices", [])
+            payload = json.loads(data or "{}")
         except ValueError:
             if number > ended:
-                break
+                continue
             return text, Invalid
+        choices = payload.get("choices") or []
         choices = choices if isinstance(choices, list) else []
         for place, choice in enumerate(c for c in choices if isinstance(c, dict)):
             index, delta = choice.get("index", place), choice.get("delta")
             reasons[index] = choice.get("finish_reason") or reasons.get(index)
-            if index == 0 and isinstance(delta, dict):
-                text += delta.get("content", "")
+            if isinstance(delta, dict) and delta.get("content"):
+                text += delta["content"] * (index == 0)
+                reasons[index] = choice.get("finish_reason")  # text opens it again
     return text, NoneType if reasons and all(reasons.values()) else Truncated
 
 
@@ -3331,8 +3349,8 @@ RUNS = [
     ("hi -o system=x", HI, 2, "", "system: write -s TEXT"),
     ("hi -o headers=1", HI, 2, "", "headers wants an object of texts"),
     ('hi -o headers={"x":1}', HI, 2, "", "headers wants an object of texts"),
-    ("hi -o timeout=0", HI, 2, "", r"\Asse_chat: timeout must be over 0"),
-    ("hi -u ftp://x", HI, 2, "", r"\Asse_chat: --base-url "),
+    ("hi -o timeout=0", HI, 2, "", r"\Asse_chat: timeout: .*0 seconds"),
+    ("hi -u ftp://x", HI, 2, "", r"\Asse_chat: --base-url: "),
     ("hi -c /nowhere/s.json", HI, 1, "", "/nowhere/s.json is not the name of a file"),
     ("hi -c /", HI, 1, "", "/ is not the name of a file"),
     ("hi -c /dev/null", HI, 1, "", "/dev/null is not the name of a file"),
