@@ -1743,9 +1743,6 @@ class _ChoiceBuilder:
         self._more: Json = {}  # log probabilities, and what has no field
         # Some servers send messages in place of deltas: each is then a delta.
         self._has_message_deltas = False
-        self._clear()
-
-    def _clear(self) -> None:
         self._message: Json = {"role": None, "content": None}
         self._tool_calls: _ToolCalls | None = None
         self._has_begun = False  # text, reasoning, a refusal or a call has arrived
@@ -2930,21 +2927,25 @@ class _Reader:
         elif encoding:
             raise self._invalid(f"a body in the encoding {encoding!r}")
 
-    def unpack(self, data: bytes) -> Iterable[bytes]:
-        """Return the bytes of the body in a read. Raises APIError."""
+    def feed(self, data: bytes) -> Iterable[Any]:
+        """Return what `data` completes. Raises APIError."""
         if self._unpacker is None:
-            return (data,)
-        return self._unpacked(self._unpacker, data)
+            return self._read(data)
+        return self._read_packed(self._unpacker, data)
 
-    def _unpacked(self, unpacker: _Unpacker, data: bytes) -> Iterator[bytes]:
+    def _read_packed(self, unpacker: _Unpacker, data: bytes) -> Iterator[Any]:
         try:
             for piece in unpacker.feed(data):
-                yield piece
+                yield from self._read(piece)
                 if self.is_finished:
                     break
         except zlib.error as error:
             problem = f"a body that does not unpack ({error})"
             raise self._invalid(problem) from None
+
+    def _read(self, data: bytes) -> Iterable[Any]:
+        """Return what the bytes of the body complete. Raises APIError."""
+        raise NotImplementedError
 
     @property
     def completion(self) -> ChatCompletion:
@@ -3124,8 +3125,8 @@ class _AnswerReader(_Reader):
 
     # Bytes to chunks.
 
-    def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
-        """Return the chunks that `data` completes. Raises APIError."""
+    def _read(self, data: bytes) -> Iterable[ChatCompletionChunk]:
+        """Return the chunks that the bytes complete. Raises APIError."""
         if self._body.kind == "stream":
             # Micro-optimization: nearly always; this saves an event and a generator.
             single = self._events._single_data_line(data)
@@ -3298,7 +3299,7 @@ class _AnswerReader(_Reader):
 class _ModelsReader(_Reader):
     """Takes the bytes of a list of models, and returns their names."""
 
-    def feed(self, data: bytes) -> Iterable[list[str]]:
+    def _read(self, data: bytes) -> Iterable[list[str]]:
         """Hold the bytes back. Raises APIError above the limit."""
         held, limit = self._body.held, self._expected.max_bytes
         held += data
@@ -3573,13 +3574,15 @@ def _is_transport_error(error: Exception) -> bool:
 
 
 def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
-    """Return what the next read brings, None at the end, however that came about."""
+    """Return what the next read brings, None at the end: of the body or of our time."""
     control, deadline = reader.control, reader.deadline
     if control.is_closed:
         return None
     try:
         if deadline.is_unlimited:
             return next(reads, None)
+        if deadline.has_passed:
+            return None
         with deadline, _timer().limit(control.response, deadline.left):
             return next(reads, None)
     except Exception as error:
@@ -3603,6 +3606,8 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
             async for data in reads:  # takes less time than anext() with a default
                 return data
             return None
+        if deadline.has_passed:
+            return None
         with deadline, control.limit(deadline.left):
             return await anext(reads, None)
     except Exception as error:
@@ -3624,10 +3629,7 @@ def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
                 data = _next_bytes(reads, reader)
                 if data is None:
                     break
-                for piece in reader.unpack(data):
-                    yield from reader.feed(piece)
-                if reader.deadline.has_passed:
-                    break
+                yield from reader.feed(data)
             yield from reader.finish()
             # Only a connection that has been read to the end of the body can be used
             # again. Over HTTP/2, or where no thread can watch, it cannot be bounded.
@@ -3651,11 +3653,8 @@ async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]
                 data = await _anext_bytes(reads, reader)
                 if data is None:
                     break
-                for piece in reader.unpack(data):
-                    for chunk in reader.feed(piece):
-                        yield chunk
-                if reader.deadline.has_passed:
-                    break
+                for chunk in reader.feed(data):
+                    yield chunk
             for chunk in reader.finish():
                 yield chunk
             if reader.is_done:
