@@ -1,4 +1,7 @@
-"""Timing, the arithmetic on it, and what it ran on."""
+"""Timing, the arithmetic on it, tables, and the processes of a run.
+
+Child processes import this too, so that it imports nothing but the standard library.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,24 @@ import platform
 import re
 import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
-from operator import sub, truediv
 from pathlib import Path
 
-Columns = Mapping[str, Mapping[str, object]]
-"""For a table: by heading, what stands there for each contender."""
-
-PACKAGES = (
-    *("httpx", "httpcore", "h11", "httpx2", "httpcore2", "httpx-sse", "openai"),
-    *("pydantic", "sseclient-py", "ollama", "dask", "distributed"),
-)
+BENCH = Path(__file__).resolve().parent
+EXIT_SECONDS = 30
+PROGRAM_SECONDS = 120
+PACKAGES = {"httpx", "httpcore", "h11", "httpx2", "httpx-sse", "openai", "pydantic"}
 
 
 def number(value: float) -> str:
-    """Three digits, which is more than the noise leaves, and no exponent."""
-    if abs(value) < 1_000:
-        return f"{value:.3g}"
-    return f"{float(f'{value:.3g}'):,.0f}"
+    """Format three digits, which is more than the noise leaves, and no exponent."""
+    return f"{value:.3g}" if abs(value) < 1_000 else f"{float(f'{value:.3g}'):,.0f}"
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +41,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
-        """The median and the quartiles."""
+        """Take the median and the quartiles."""
         if len(values) < 2:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -52,54 +52,43 @@ class Figure:
 
 
 class Samples(dict[str, list[float]]):
-    """For each contender one value per round."""
-
-    def figure(self, name: str) -> Figure:
-        """The median of a contender, and its quartiles."""
-        return Figure.of(self[name])
+    """One value per round for each contender."""
 
     def ratio(self, over: str, under: str) -> Figure:
-        """The ratio of the medians, with the quartiles of the ratios of each round."""
-        return self._compared(truediv, over, under)
+        """Return the ratio of the medians, with the quartiles of each round's ratio."""
+        spread = Figure.of(
+            [a / b for a, b in zip(self[over], self[under], strict=True)]
+        )
+        value = statistics.median(self[over]) / statistics.median(self[under])
+        return Figure(value, spread.low, spread.high)
 
     def both(self, over: str, under: str) -> list[Figure]:
-        """The ratio of the sync ones, and that of the async ones."""
+        """Return the ratio of the sync contenders, and that of the async ones."""
         return [self.ratio(over + kind, under + kind) for kind in ("", " async")]
 
-    def difference(self, name: str, base: str) -> Figure:
-        """The difference of the medians, with the quartiles of that of each round."""
-        return self._compared(sub, name, base)
-
-    def _compared(
-        self, compare: Callable[[float, float], float], a: str, b: str
-    ) -> Figure:
-        rounds = [compare(x, y) for x, y in zip(self[a], self[b], strict=True)]
-        value = compare(self.figure(a).value, self.figure(b).value)
-        return replace(Figure.of(rounds), value=value)
-
     def times(self, factor: float) -> Samples:
-        """The same in another unit."""
+        """Return the same in another unit."""
         return Samples({k: [v * factor for v in values] for k, values in self.items()})
 
-    def table(self, title: str, unit: str, columns: Columns | None = None) -> str:
-        """A table with a row for each contender, and more columns by contender."""
-        more = columns or {}
-        rows = [
-            [name, self.figure(name), *(c.get(name, "") for c in more.values())]
-            for name in self
-        ]
-        return table(title, ["", unit, *more], rows)
+    def medians(self) -> dict[str, float]:
+        """Return the median of each contender."""
+        return {name: statistics.median(values) for name, values in self.items()}
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Median and quartiles by contender, for the results file."""
-        return {name: asdict(self.figure(name)) for name in self}
+    def table(self, title: str, unit: str) -> str:
+        """Render a row for each contender, and how many times ours it takes."""
+        rows = []
+        for name, values in self.items():
+            ours = "sse_chat async" if name.endswith(" async") else "sse_chat"
+            times = f"{self.ratio(name, ours).value:.2f} ×" if ours in self else ""
+            rows.append([name, Figure.of(values), times])
+        return table(title, ["", unit, "over ours"], rows)
 
 
 @dataclass
 class Part:
     """What one part of the suite found.
 
-    `data` goes into the results; the rows of `reach.py` look at `figures`, by name.
+    `data` goes into results.json; the rows to reach look into `figures`, by name.
     """
 
     tables: list[str] = field(default_factory=list)
@@ -107,8 +96,29 @@ class Part:
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
+def table(title: str, head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Render plain text, the first column to the left and the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+    return f"\n{title}\n\n{text}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Render a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """The processor time of one call, in seconds.
+    """Return the processor time of one call, in seconds.
 
     The collection before it keeps one contender's garbage out of another's time.
     """
@@ -121,7 +131,7 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 def interleave(
     run: Callable[[str], float], names: Iterable[str], rounds: int, warm_up: int = 1
 ) -> Samples:
-    """Runs A B C A B C …, so that a slow minute of the machine meets all alike."""
+    """Run A B C A B C …, so that a slow minute of the machine meets all alike."""
     samples = Samples({name: [] for name in names})
     for done in range(warm_up + rounds):
         for name in samples:
@@ -131,34 +141,12 @@ def interleave(
     return samples
 
 
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in plain text, the first column to the left, the others to the right."""
-    lines = [list(map(_cell, row)) for row in (head, *rows)]
-    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in (first, *others)])
-    layout = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
-    return "\n".join(
-        ["", title, "", *(layout.format(*line).rstrip() for line in lines)]
-    )
-
-
-def _cell(value: object) -> str:
-    return number(value) if isinstance(value, float) else str(value)
-
-
-def freeze_imports() -> None:
-    """Takes what is imported out of the garbage collector's rounds.
-
-    Else each contender would be charged for walking the modules of all others.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 def machine() -> dict[str, object]:
-    """Processor, number of cores, system, Python, and how busy it is just now."""
+    """Return processor, cores, system, Python, and how busy it is just now."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "")
     return {
-        "processor": _processor(),
+        "processor": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -166,18 +154,66 @@ def machine() -> dict[str, object]:
     }
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "")
-    return names[0] if names else platform.processor() or platform.machine()
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the version of each of these packages that is installed."""
+    wanted = set(packages)
+    return {d.name: d.version for d in metadata.distributions() if d.name in wanted}
 
 
-def versions() -> dict[str, str]:
-    """The version of every installed package that takes part."""
-    return {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+def peak_bytes() -> int:
+    """Return the most memory that this process has held so far.
+
+    Linux also has `ru_maxrss`, but there a new process begins with its parent's figure.
+    """
+    if sys.platform == "linux":
+        kibibytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        return int(kibibytes[1]) * 1024 if kibibytes else 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def allow_many_sockets() -> None:
-    """Lets this process open as many files and sockets as the system allows."""
+    """Let this process open as many files and sockets as the system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ---- Processes -----------------------------------------------------------------------
+
+
+def environment() -> Mapping[str, str]:
+    """Return ours: this checkout importable, and nothing that changes a contender."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.lower().endswith("_proxy") and not name.startswith("OPENAI_")
+    }
+    path = os.pathsep.join([str(BENCH.parent), str(BENCH)])
+    return {**kept, "PYTHONPATH": path, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
+
+@contextmanager
+def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a program that ends when its standard input does."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, env=environment(), **pipes)
+    try:
+        yield process
+    finally:
+        assert process.stdin
+        process.stdin.close()
+        try:
+            process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def output(command: Sequence[str], seconds: float = PROGRAM_SECONDS) -> str:
+    """Run a whole program to its end; returns its standard output."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=seconds
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
