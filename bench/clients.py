@@ -2,28 +2,21 @@
 
     python bench/clients.py NAME BASE_URL [STREAMS]
 
-makes the client, prints "ready", and then for each line on standard input reads one
-answer to its end (or STREAMS answers at once) and prints what that took, as JSON. For
-the line "check" it prints the text of the answer.
+prints the text of an answer, and then for each line on standard input reads one to
+its end (or STREAMS at once) and prints what that took, as JSON.
 
 A contender makes its client and returns the function that starts a stream. It imports
-only what it needs, inside, so that its start is its own; for the same reason this
-module imports next to nothing. `options` are more fields of the request.
+only what it needs, inside, so that its start is its own. `options` are more fields of
+the request.
 """
-
-from __future__ import annotations
 
 import sys
 import time
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-    from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
-TIMEOUT = 600.0
-"""Seconds; the default of sse_chat and of openai."""
+TIMEOUT = 600.0  # seconds, the default of sse_chat and of openai
 
 
 def sse_chat(url: str, is_async: bool, timeout: float = TIMEOUT, **options: Any) -> Any:
@@ -99,13 +92,7 @@ def _httpx(url: str, is_async: bool, timeout: float, options: Any) -> tuple[Any,
     return make(timeout=timeout, limits=limits), request
 
 
-CONTENDERS: dict[str, Callable[..., Callable[[], Any]]] = {
-    "sse_chat": sse_chat,
-    "openai": openai,
-    "recipe": recipe,
-    "dicts": dicts,
-    "httpx": httpx,
-}
+CONTENDERS = {each.__name__: each for each in (sse_chat, openai, recipe, dicts, httpx)}
 
 
 def make(name: str, url: str) -> tuple[Callable[[], Any], bool]:
@@ -115,7 +102,6 @@ def make(name: str, url: str) -> tuple[Callable[[], Any], bool]:
 
 
 async def opened(stream: Callable[[], Any]) -> Any:
-    """Start an async stream; openai's has to be awaited."""
     items = stream()
     return await items if hasattr(items, "__await__") else items
 
@@ -125,41 +111,28 @@ def text_of(item: Any) -> str:
     if isinstance(item, bytes):
         return repr(item)
     if isinstance(item, dict):
-        return item["choices"][0]["delta"].get("content") or ""
+        return item["choices"][0]["delta"].get("content", "")
     return item.choices[0].delta.content or ""
 
 
 def start(name: str, url: str) -> None:
     """Print each text of an answer as it comes: the program whose start is timed."""
     stream, is_async = make(name, url)
-    if not is_async:
-        for item in stream():
-            print(text_of(item), flush=True)
-        return
-    import asyncio
 
-    async def main() -> None:
+    async def run() -> None:
         async for item in await opened(stream):
             print(text_of(item), flush=True)
 
-    asyncio.run(main())
+    if is_async:
+        import asyncio
 
-
-# ---- The child -----------------------------------------------------------------------
-
-
-def whole_text(items: list[Any]) -> str:
-    """Return the text of an answer; bytes may be cut anywhere."""
-    import json
-
-    if isinstance(items[0], bytes):
-        lines = b"".join(items).split(b"\n")
-        items = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
-    return "".join(map(text_of, items))
+        asyncio.run(run())
+    else:
+        for item in stream():
+            print(text_of(item), flush=True)
 
 
 def main(name: str, url: str, streams: int = 1) -> None:
-    """Run the contender `name` against the server at `url`."""
     import asyncio
     import json
 
@@ -169,11 +142,8 @@ def main(name: str, url: str, streams: int = 1) -> None:
     loop = asyncio.new_event_loop()
     stream, is_async = make(name, url)
 
-    def read() -> int:
-        items = 0
-        for _ in stream():
-            items += 1
-        return items
+    async def collect() -> list[Any]:
+        return [item async for item in await opened(stream)]
 
     async def read_async() -> int:
         items = 0
@@ -186,19 +156,21 @@ def main(name: str, url: str, streams: int = 1) -> None:
         counts = await asyncio.gather(*reads, return_exceptions=streams > 1)
         return sum(count for count in counts if isinstance(count, int))
 
-    async def collect() -> list[Any]:
-        return [item async for item in await opened(stream)]
+    def read() -> int:
+        if is_async:
+            return loop.run_until_complete(read_at_once())
+        items = 0
+        for _ in stream():
+            items += 1
+        return items
 
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line == "check\n":
-            whole = loop.run_until_complete(collect()) if is_async else list(stream())
-            print(json.dumps({"text": whole_text(whole)}), flush=True)
-            continue
+    whole = loop.run_until_complete(collect()) if is_async else list(stream())
+    print(json.dumps("".join(map(text_of, whole))), flush=True)
+    for _ in sys.stdin:
         if streams > 1:  # Each run has a new client.
             stream, _ = make(name, url)
         cpu = time.process_time()
-        items = loop.run_until_complete(read_at_once()) if is_async else read()
+        items = read()
         cpu = time.process_time() - cpu
         print(json.dumps({"cpu": cpu, "items": items}), flush=True)
     loop.run_until_complete(loop.shutdown_asyncgens())

