@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import clients
-from clients import MESSAGES
 from measure import BENCH, Part, output, table, versions
 
 LITELLM_ENVIRONMENT = BENCH / ".venv-litellm"
@@ -232,7 +231,9 @@ def litellm(url: str, is_async: bool, timeout: float, **options: Any) -> Any:
 
     ask: Any = acompletion if is_async else completion
     options |= {"model": "openai/m", "api_base": url, "api_key": "none"}
-    return lambda: ask(messages=MESSAGES, stream=True, timeout=timeout, **options)
+    return lambda: ask(
+        messages=clients.MESSAGES, stream=True, timeout=timeout, **options
+    )
 
 
 def llm(url: str, is_async: bool, timeout: float) -> Any:
@@ -249,7 +250,7 @@ def ollama(url: str, is_async: bool, timeout: float) -> Any:
 
     make: Any = AsyncClient if is_async else Client
     client = make(host=url.removesuffix("/v1"), timeout=timeout)
-    return lambda: client.chat(model="m", messages=MESSAGES, stream=True)
+    return lambda: client.chat(model="m", messages=clients.MESSAGES, stream=True)
 
 
 class Answer:

@@ -1,7 +1,4 @@
-"""Timing, the arithmetic on it, tables, and the processes of a run.
-
-Child processes import this too, so that it imports nothing but the standard library.
-"""
+"""Timing and its arithmetic, tables, processes; of the standard library alone."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
-PROGRAM_SECONDS = 120
 PACKAGES = {"httpx", "httpcore", "h11", "httpx2", "httpx-sse", "openai", "pydantic"}
 
 
@@ -145,7 +141,7 @@ def started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def output(command: Sequence[str], seconds: float = PROGRAM_SECONDS) -> str:
+def output(command: Sequence[str], seconds: float = 120) -> str:
     """Run a whole program to its end; returns its standard output."""
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(), timeout=seconds

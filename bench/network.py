@@ -127,8 +127,8 @@ def start(quick: bool) -> Part:
         for name, command in first.items():
             if ASCII_WORDS[0] not in output(command).split("\n")[0]:
                 raise RuntimeError(f"{name} did not print the first word")
-        firsts = interleave(lambda name: ms_to_line(first[name]), first, rounds)
-    wholes = interleave(lambda name: ms_to_end(whole[name]), whole, rounds)
+        firsts = interleave(lambda n: milliseconds(first[n], False), first, rounds)
+    wholes = interleave(lambda n: milliseconds(whole[n], True), whole, rounds)
     return Part(
         [
             firsts.table("start: a program to its first token", "ms"),
@@ -143,14 +143,9 @@ def start(quick: bool) -> Part:
     )
 
 
-def ms_to_line(command: list[str]) -> float:
+def milliseconds(command: list[str], whole: bool) -> float:
+    """Return the wall-clock time from a program's start to its first line, or end."""
     start = time.perf_counter()
     with started(command) as process:
-        line(process)
+        process.wait() if whole else line(process)
         return (time.perf_counter() - start) * 1e3
-
-
-def ms_to_end(command: list[str]) -> float:
-    start = time.perf_counter()
-    output(command)
-    return (time.perf_counter() - start) * 1e3

