@@ -122,6 +122,7 @@ MAX_CHOICES = 1024  # of an answer, and tool calls of a choice
 MAX_DEPTH = 100  # levels of lists and objects in a payload
 # An answer of 4,000 tokens with 20 alternatives each has 84,000 objects.
 MAX_OBJECTS = 100_000  # in one payload
+
 # ---- Server-sent events --------------------------------------------------------------
 #
 # The rules are those of the HTML Living Standard, sections 9.2.5 "Parsing an event
@@ -131,8 +132,8 @@ MAX_OBJECTS = 100_000  # in one payload
 class SSEError(Exception):
     """The response is not an event stream, or an event is over the limit.
 
-    `events` are the events of the same read that came before the one over the limit.
-    `status_code` is the HTTP status that ended a stream of `listen`, else None.
+    `events` are the complete events of the same read, where `SSEDecoder.feed` raised.
+    `status_code` is the HTTP status with which `listen` stopped connecting, else None.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class SSELineDecoder:
         self._skip = _BOM
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the lines that `chunk` completes, without their ends."""
+        """Return the lines that the bytes complete, without their ends."""
         # No UTF-8 sequence contains a line end: each line can be decoded by itself.
         return [line.decode("utf-8", "replace") for line in self._split(chunk)]
 
@@ -227,7 +228,7 @@ class SSELineDecoder:
             if data[-1] == _CR:
                 self._skip = b"\n"
             if data[-1] == _CR or data[-1] == _LF:
-                lines.append(b"")  # as split() does
+                lines.append(b"")  # splitlines() leaves out what split() returns
         elif _LF in data:
             lines = data.split(b"\n")
         else:
@@ -245,10 +246,10 @@ class SSELineDecoder:
 class SSEDecoder:
     """Turns bytes, or lines, into events.
 
-    `max_event_bytes` limits the bytes between two blank lines; None is no limit. Above
-    it, every call raises SSEError. `last_event_id` is the value for a `Last-Event-ID`
-    header when connecting again, and `retry` the milliseconds to wait before that, None
-    if the server did not say.
+    `max_event_bytes` limits the bytes between two blank lines; None is no limit. Once
+    it is exceeded, that call and every later one raises SSEError. `last_event_id` is
+    the value for a `Last-Event-ID` header when connecting again, and `retry` the
+    milliseconds to wait before that, None if the server did not say.
     """
 
     def __init__(self, max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES) -> None:
@@ -272,13 +273,13 @@ class SSEDecoder:
         self._overflow_data = b""
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Return the events that `chunk` completes. Raises SSEError above the limit."""
+        """Return the events that the bytes complete. Raises SSEError at the limit."""
         events = self._feed(chunk)
         self._check_overflow(events)
         return events
 
     def decode(self, line: str) -> ServerSentEvent | None:
-        """Take one line without its end; return the event if the line completes one."""
+        """Process a line without its end; return the event if it completes one."""
         events = self._interpret([line.encode("utf-8", "surrogatepass")])
         self._check_overflow(events)
         return events[0] if events else None
@@ -299,7 +300,7 @@ class SSEDecoder:
         return self._interpret(lines)
 
     def _single_data_line(self, data: bytes) -> str | None:
-        """Return the data of a read that is one event of one line, None of others.
+        """Return the data if a read is exactly one event of one line, else None.
 
         Micro-optimization: most reads of a chat are that, and take half the time here.
         """
@@ -362,7 +363,7 @@ class SSEDecoder:
                 self._retry = self.retry = int(value)
 
     def _process_unknown(self, line: bytes, events: list[ServerSentEvent]) -> None:
-        """Ignore the line, as the standard says."""
+        """Ignore the line, as the standard says. The chat reader finds errors here."""
 
     def _set_overflow(self, line: bytes) -> None:
         """Give up, and hold nothing more of the stream."""
@@ -371,7 +372,7 @@ class SSEDecoder:
             start = self._overflow_data[:200].decode("utf-8", "replace")
             limit = self._max_bytes
             self._overflow = f"an event of more than {limit} bytes: {start!r}"
-            self._max_bytes = -2  # every read and every line is above this
+            self._max_bytes = -2  # from now on every line is above the limit
             self._data.clear()
         self._lines._pending.clear()
 
@@ -428,10 +429,10 @@ async def aiter_sse(
 class EventSource:
     """The events of an httpx response: iterate over it with `for` or `async for`.
 
-    `last_event_id` is the id to begin with, and then that of the events given so far;
-    `retry` is in milliseconds, or None. Both also heed blocks without data: they are
-    what a client needs to connect again. Raises SSEError where the response is not an
-    event stream, or an event is over `max_event_bytes` (None is no limit).
+    `last_event_id` starts as the argument and follows the events that were given out;
+    `retry` is in milliseconds, or None. Blocks without data update both as well. Raises
+    SSEError where the response is not an event stream, or an event is over
+    `max_event_bytes` (None, as in httpx-sse, is no limit).
     """
 
     def __init__(
@@ -519,8 +520,8 @@ async def aconnect_sse(
 
 # ---- Chat types ----------------------------------------------------------------------
 #
-# openai's names, fields, order and repr. Whatever a server sends can be read into them.
-# Nothing is validated: a value without a field, or not of its type, is in `raw` alone.
+# openai's names, fields, order and repr. Whatever a server sends can be read into them;
+# nothing is validated, and `raw` has all of it.
 
 
 def _dicts(value: Any) -> list[Json]:
@@ -558,7 +559,7 @@ def _repair_strings(value: Any) -> Any:
 def _converter(hint: Any) -> Callable[[Any], Any]:
     """Return the function that converts a JSON value; it returns None if it cannot."""
     if hint in (int, float):
-        # A count that is not a number is better than one that is wrongly 0.
+        # A count of a wrong type is better than one that is wrongly 0.
         return lambda sent: sent
     args = typing.get_args(hint)
     if type(None) in args:  # X | None
@@ -591,7 +592,7 @@ def _plain(value: Any) -> Any:
 
 
 def _holds_models(value: Any, sent: Any) -> bool:
-    """Tell whether a value is one of our types, or a list of them without a gap."""
+    """Tell whether a value is one of our types, or a list of as many as were sent."""
     if isinstance(value, list):
         is_complete = isinstance(sent, list) and len(sent) == len(value)
         return is_complete and any(isinstance(item, _Model) for item in value)
@@ -602,8 +603,8 @@ class _Model:
     """The base of the chat types.
 
     `raw` is the JSON object that the server sent, None for a value made by hand.
-    `extra` is the part of it that has no field here, None if there is none. Both stand
-    beside the fields: values are compared by their fields.
+    `extra` is the part of it that has no field here, None if there is none. Neither is
+    a dataclass field: values are compared without them.
     """
 
     # Micro-optimization: the base is not a dataclass, so that constructors do not set
@@ -613,7 +614,7 @@ class _Model:
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         model = cls()
         model.raw = d
         converters = _converters(cls)  # type: ignore[arg-type]
@@ -648,8 +649,8 @@ class _Model:
         for name in _converters(type(self)):  # type: ignore[arg-type]
             value = getattr(self, name)
             if name in before and before[name] == value:
-                # Unchanged: it stands in `sent` as it came. Only nested types may have
-                # to say it differently (arguments that were not text).
+                # Unchanged: it stands in `sent` as it came. Nested types are written
+                # again, since arguments sent as an object become text.
                 if _holds_models(value, sent.get(name)):
                     result[name] = _plain(value)
                 continue
@@ -680,8 +681,11 @@ class _Model:
         return f"{type(self).__name__}({', '.join(pairs)})"
 
 
-# The names of reasoning: most servers; Ollama, vLLM, Groq and OpenRouter; Copilot.
-_REASONING_NAMES = ("reasoning_content", "reasoning", "reasoning_text")
+_REASONING_NAMES = (
+    "reasoning_content",  # most servers
+    "reasoning",  # Ollama, vLLM, Groq, Cerebras, OpenRouter
+    "reasoning_text",  # Copilot
+)
 
 
 def _part_text(value: Any) -> str:
@@ -707,20 +711,22 @@ def _find_reasoning(d: Json) -> str | None:
     # Mistral: {"type": "thinking", "thinking": [{"type": "text", "text": …}]}
     # Databricks: {"type": "reasoning", "summary": [{"type": …, "text": …}]}
     parts = _dicts(d.get("content"))
-    texts = [_part_text(part.get("thinking", part.get("summary"))) for part in parts]
+    texts = [_part_text(part.get("thinking") or part.get("summary")) for part in parts]
     # MiniMax, OpenRouter: [{"type": "reasoning.text", "text": …}], or with a "summary"
     if not any(texts):
         details = _dicts(d.get("reasoning_details"))
-        texts = [_part_text(item.get("text", item.get("summary"))) for item in details]
+        texts = [
+            _part_text(item.get("text") or item.get("summary")) for item in details
+        ]
     return "".join(texts) or None
 
 
 class _Message(_Model):
-    """What a message and a delta have in common: text and reasoning in many shapes."""
+    """The base of messages and deltas: text and reasoning come in many shapes."""
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         message: Any = super().from_dict(d)
         content = d.get("content")
         if content is not None and type(content) is not str:
@@ -809,7 +815,7 @@ class ChoiceDeltaToolCallFunction(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         return super().from_dict(_with_text_arguments(d))
 
 
@@ -824,7 +830,7 @@ class ChoiceDeltaToolCall(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         # Micro-optimization: nearly all pieces hold an index and text arguments, and
         # are built three times as fast by hand.
         function = d.get("function")
@@ -850,7 +856,7 @@ class ChoiceDelta(_Message):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         # Micro-optimization: nearly all deltas hold a text, or pieces of tool calls,
         # and nothing else. They are built three times as fast by hand.
         content = d.get("content")
@@ -877,7 +883,7 @@ class Function(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         return super().from_dict(_with_text_arguments(d))
 
 
@@ -905,12 +911,13 @@ class ChatCompletionMessage(_Message):
 
     def to_dict(self) -> Json:
         """Return it as the server sent it, and with a role, since servers want one."""
-        return {"role": self.role} | super().to_dict()
+        role = {"role": self.role or "assistant"}
+        return role | super().to_dict() | role
 
 
 @dataclass(repr=False)
 class _CompletionBase(_Model):
-    """What chunks and whole answers have in common."""
+    """The base of chunks and of whole answers."""
 
     id: str = ""
     choices: list[Any] = field(default_factory=list)
@@ -925,7 +932,7 @@ class _CompletionBase(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from a JSON object, whatever is missing, null, wrong or unknown."""
+        """Build it from JSON; what is missing, null or wrong has its default."""
         # Micro-optimization: built by hand, since each chunk is built here.
         choices: list[Any] = []
         usage = d.get("usage")
@@ -933,9 +940,9 @@ class _CompletionBase(_Model):
         for item in sent if type(sent) is list else ():
             if type(item) is dict:
                 choice: Any = cls.Choice.from_dict(item)
-                index = choice.index
-                if type(index) is not int or index < 0 or "index" not in item:
-                    choice.index = len(choices)
+                index = item.get("index")
+                if type(index) is not int or index < 0:
+                    choice.index = choice.place = len(choices)
                 if choice.extra is not None:
                     usage = usage or choice.extra.get("usage")  # Kimi
                 choices.append(choice)
@@ -962,17 +969,21 @@ class _CompletionBase(_Model):
 
     @property
     def text(self) -> str:
-        """The text of the first answer (index 0), "" for none; it can be encoded."""
-        return _repair_surrogates("".join(m.content or "" for m in self._first()))
+        """The text of the choice with index 0, "" for none. It can be encoded."""
+        return _repair_surrogates(self._first_text())
 
     @property
     def reasoning(self) -> str:
-        """The reasoning of the first answer (index 0), "" for none; encodable, too."""
+        """The reasoning of the choice with index 0, "" for none. It can be encoded."""
         texts = [m.reasoning_content or "" for m in self._first()]
         return _repair_surrogates("".join(texts))
 
+    def _first_text(self) -> str:
+        """Return the text as it came: a surrogate pair may be cut in two chunks."""
+        return "".join(message.content or "" for message in self._first())
+
     def _first(self) -> list[Any]:
-        """Return the messages or deltas of the first answer."""
+        """Return the messages or deltas of the choice with index 0."""
         first = [choice for choice in self.choices if choice.index == 0]
         return [getattr(c, "delta", None) or c.message for c in first]
 
@@ -980,25 +991,27 @@ class _CompletionBase(_Model):
 _COMPLETION_FIELDS = _converters(_CompletionBase).keys() | {"obfuscation"}
 
 
-def _has_index(choice: Json) -> bool:
-    """Tell whether a choice has an index; one without has that of its place."""
-    index = choice.get("index")
-    return type(index) is int and index >= 0
-
-
 class _Choice(_Model):
     """The base of the choices of chunks and of whole answers."""
 
+    # The position in the list, of a choice that has no index, or a negative one.
+    place: int | None = None
+
     def _to_json(self) -> Json:
         choice = super()._to_json()
-        if self.raw is not None and not _has_index(self.raw):
+        if self.place is not None and getattr(self, "index", None) == self.place:
             choice.pop("index", None)
             choice |= {k: v for k, v in self.raw.items() if k == "index"}
         return choice
 
+    def _sent_names(self, name: str) -> list[str]:
+        if name == "finish_reason":
+            return ["finish_reason", "finishReason"]
+        return [name]
+
 
 def _find_finish_reason(d: Json) -> str | None:
-    """Return the reason in a choice; "" is none (SGLang), nor is "null" (KoboldCpp)."""
+    """Return the reason in a choice; None for "" (SGLang) and "null" (KoboldCpp)."""
     reason = d.get("finish_reason") or d.get("finishReason")  # Gemini sent the latter
     if type(reason) is not str or reason.strip().lower() in ("", "null", "none"):
         return None
@@ -1054,7 +1067,7 @@ _CHOICE_FIELDS = frozenset(
 class ChatCompletion(_CompletionBase):
     """A whole answer, or the part of it that arrived.
 
-    `raw` is all that the server sent; of a stream, what it would have sent at once.
+    `raw` is all that the server sent; of a stream, the body it would have sent at once.
     `response_headers` are those of the HTTP response, names in lower case; only
     `generate` has them.
     """
@@ -1070,7 +1083,7 @@ class ChatCompletion(_CompletionBase):
 
         @classmethod
         def from_dict(cls, d: Json) -> Self:
-            """Build it from a JSON object, whatever is missing, null or unknown."""
+            """Build it from JSON; what is missing, null or wrong has its default."""
             choice = super().from_dict(d)
             choice.finish_reason = _find_finish_reason(d)
             return choice
@@ -1093,9 +1106,9 @@ class ChatCompletion(_CompletionBase):
 # Failures: vLLM, TensorRT-LLM, OpenRouter, DeepSeek, Cohere, Gemini, gateways.
 _FAILURE = re.compile(
     "error|fail|abort|cancel|time_?d?_?out|malformed|interrupt|network|unavailable"
-    "|overload|insufficient"
+    "|overload|insufficient|rate_?limit|quota"
 )
-_UNFINISHED = ("not_finished", "unfinished")  # watsonx, until the last chunk
+_UNFINISHED = ("not_finished", "unfinished")  # watsonx, in every chunk but the last
 # Limits: OpenAI, Gemini, z.ai, gateways. Filters: OpenAI, Azure, Gemini, z.ai.
 _LENGTH_LIMIT = re.compile("length|max_|context_window|limit")
 _CONTENT_LIMIT = re.compile(
@@ -1217,7 +1230,7 @@ class APIResponseValidationError(APIError):
 #     {"object": "error", "message": …, "type": …, "code": …}         vLLM, Mistral
 #     {"base_resp": {"status_code": 1027, "status_msg": …}}           MiniMax
 #
-# Only without choices beside it, for healthy chunks of others have some of these names:
+# These count only without choices, since healthy chunks of others have the names:
 #
 #     {"errors": [{"code": …, "message": …}], "success": false}       Cloudflare
 #     {"detail": "text"}, {"detail": [{"msg": …}]}                    FastAPI
@@ -1293,13 +1306,9 @@ _ERROR_NAMES = frozenset(["error", "x_groq", "base_resp"])
 
 
 # Where an error keeps its text, the most telling name first.
-_TEXT_NAMES = (
-    "message",
-    "msg",
-    "detail",
-    "details",
-    "error",
-    "errors",
+_TEXT_NAMES: tuple[str, ...]
+_TEXT_NAMES = ("message", "msg", "detail", "details", "error", "errors")
+_TEXT_NAMES += (
     "status_msg",
     "error_msg",
     "error_description",
@@ -1370,7 +1379,7 @@ def _error_text(error: Any, depth: int = 4) -> str:
 
 
 def _error_details(error: Any) -> list[Json]:
-    """Return the objects of an error that can have its code, the innermost first."""
+    """Return the nested objects of an error, innermost first: any may have its code."""
     found: list[Json] = []
     while len(found) < 5:
         if isinstance(error, list) and error:
@@ -1397,7 +1406,7 @@ def _first_field(objects: list[Json], names: Sequence[str], types: Any) -> Any:
 def _server_error_fields(text: str) -> tuple[Any, ...]:
     """Return what a server said about an error, in the order of APIError's arguments.
 
-    The text is known to report an error, so any JSON in it does.
+    The text is known to be an error: in no known shape, all of it is the error.
     """
     payload, problem = _parse_json(text)
     if problem:
@@ -1421,25 +1430,12 @@ def _server_error_fields(text: str) -> tuple[Any, ...]:
 
 # ---- Accumulating --------------------------------------------------------------------
 
-# Texts that arrive in pieces, in a message and in its parts. Of all else that has no
-# place in a list, the latest value stays.
-_GROWING_NAMES = frozenset(
-    [
-        *_REASONING_NAMES,
-        "arguments",
-        "content",
-        "data",
-        "input",
-        "refusal",
-        "signature",
-        "summary",
-        "text",
-        "thinking",
-        "thought_signature",
-        "transcript",
-    ]
-)
-# Some servers send the signature in pieces, others the whole of it again.
+# Texts that arrive in pieces, in a message and in its parts. Of any other field the
+# latest value stays.
+_GROWING_NAMES = {"arguments", "content", "data", "input", "refusal", "summary", "text"}
+_GROWING_NAMES |= {"signature", "thinking", "thought_signature", "transcript"}
+_GROWING_NAMES |= {*_REASONING_NAMES}
+# Some servers send a signature in pieces, others send it complete, twice.
 _SIGNATURE_NAMES = ("signature", "thought_signature")
 # Parts of these types that follow each other are one part that was cut.
 _TEXT_PARTS = ("text", "thinking", "reasoning", "summary_text")
@@ -1482,7 +1478,10 @@ def _add_text(target: Json, name: str, text: str) -> None:
 
 
 def _merge(target: Json, addition: Json, depth: int = 1) -> None:
-    """Add to a dict: texts and lists grow, dicts are merged, other values replaced."""
+    """Add to a dict: the growing texts and lists grow, dicts are merged.
+
+    Other values are replaced, but null replaces nothing.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
     for name, value in addition.items():
@@ -1507,7 +1506,10 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
 
 
 class _GrowingList(list[Any]):
-    """A list that arrives in pieces: items of the same index and type are one item."""
+    """A list that arrives in pieces: items of the same index and type are one item.
+
+    Parts with text and without an index continue the last item, if it has their type.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -1562,8 +1564,9 @@ def _is_json_object(data: bytearray) -> bool:
 class _ToolCallBuilder:
     """A tool call while its pieces arrive: of a function, or of a custom tool."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, key: int, order: int) -> None:
+        self.key = key  # its index, else its place in a list of pieces
+        self.order = order  # its index, else its number among the calls
         self.id = ""
         self.json: Json = {"id": "", "type": "function"}
         self.name = bytearray()
@@ -1573,7 +1576,7 @@ class _ToolCallBuilder:
         self._kind = ""  # "function" or "custom"
         self._last_start = 0  # where the last piece of the text begins
         self._is_cumulative = True  # each piece begins with the one before it
-        # Each check reads the whole text, so a call has no more than these.
+        # Each check parses the whole text: a limit keeps the total linear.
         self._checks_left = 100
 
     def add(self, piece: ChoiceDeltaToolCall) -> None:
@@ -1584,7 +1587,7 @@ class _ToolCallBuilder:
             self.json["type"] = _repair_surrogates(piece.type)
         if name:
             name_bytes = _to_bytes(name)
-            if name_bytes != self.name:
+            if name_bytes != self.name:  # MiniMax repeats it in every piece
                 self.name += name_bytes
         if text:
             self._add_text(_to_bytes(text))
@@ -1606,12 +1609,14 @@ class _ToolCallBuilder:
         self.text += data
 
     def is_continued_by(self, piece: ChoiceDeltaToolCall) -> bool:
-        """Tell whether a piece can belong to this call, by its name and its id."""
+        """Tell whether a piece continues the call, or opens the next one.
+
+        A new id with a name opens one, and arguments after complete ones.
+        """
         name, text = _name_and_text(piece)
         if not name or not self.name:
-            return (
-                True  # an id alone never opens a call: LM Studio sends a new one each
-            )
+            # An id alone never opens a call: LM Studio sends a new one in each piece.
+            return True
         if piece.id:
             return self.id in ("", piece.id)
         data = _to_bytes(text or "")
@@ -1667,6 +1672,7 @@ class _ToolCalls:
     | has no index, but the id of a call                  | that call                 |
     | has neither, and is one of several in a list        | the latest at its place   |
     | has neither, and is alone                           | the latest call           |
+    |-----------------------------------------------------|---------------------------|
     | has a name, as that call has, and another id        | a new call                |
     | has a name, as that call has, and no id, and that   | a new call                |
     |   call has whole arguments that it does not extend  |                           |
@@ -1674,8 +1680,8 @@ class _ToolCalls:
 
     def __init__(self) -> None:
         self._calls: list[_ToolCallBuilder] = []
-        self._by_index: dict[int, _ToolCallBuilder] = {}  # the latest of each
-        self._by_index_and_id: dict[tuple[int, str], _ToolCallBuilder] = {}
+        self._by_key: dict[int, _ToolCallBuilder] = {}  # the latest of each
+        self._by_key_and_id: dict[tuple[int, str], _ToolCallBuilder] = {}
         self._by_id: dict[str, _ToolCallBuilder] = {}
         self._latest: _ToolCallBuilder | None = None
 
@@ -1691,36 +1697,40 @@ class _ToolCalls:
             index = None
         call = self._find(piece, index, place)
         if call is None or not call.is_continued_by(piece):
-            call = self._open(place if index is None else index)
+            call = self._open(index, place)
         call.add(piece)
-        self._latest = self._by_index[call.index] = call
+        self._latest = self._by_key[call.key] = call
         if piece.id:
             self._by_id[piece.id] = call
-            self._by_index_and_id[call.index, piece.id] = call
+            self._by_key_and_id[call.key, piece.id] = call
 
     def _find(
         self, piece: ChoiceDeltaToolCall, index: int | None, place: int | None
     ) -> _ToolCallBuilder | None:
         if index is not None:
-            known = self._by_index_and_id.get((index, piece.id or ""))
-            return known or self._by_index.get(index)
+            known = self._by_key_and_id.get((index, piece.id or ""))
+            return known or self._by_key.get(index)
         if piece.id and piece.id in self._by_id:
             return self._by_id[piece.id]
         if place is not None:
-            return self._by_index.get(place)
+            return self._by_key.get(place)
         return self._latest
 
-    def _open(self, index: int | None) -> _ToolCallBuilder:
-        if index is None:
-            index = len(self._calls)
-        if index >= MAX_CHOICES or len(self._calls) == MAX_CHOICES:
+    def _open(self, index: int | None, place: int | None) -> _ToolCallBuilder:
+        number = len(self._calls)
+        if (index or 0) >= MAX_CHOICES or number == MAX_CHOICES:
             raise ValueError(f"a tool call beyond the {MAX_CHOICES}th")
-        call = _ToolCallBuilder(index)
+        key = order = number
+        if index is not None:
+            key = order = index
+        elif place is not None:
+            key = place
+        call = _ToolCallBuilder(key, order)
         self._calls.append(call)
         return call
 
     def to_list(self, is_ended: bool) -> list[Json]:
-        calls = sorted(self._calls, key=lambda call: call.index)
+        calls = sorted(self._calls, key=lambda call: call.order)
         return [call.to_dict(is_ended) for call in calls]
 
 
@@ -1733,9 +1743,6 @@ class _ChoiceBuilder:
         self._more: Json = {}  # log probabilities, and what has no field
         # Some servers send messages in place of deltas: each is then a delta.
         self._has_message_deltas = False
-        self._clear()
-
-    def _clear(self) -> None:
         self._message: Json = {"role": None, "content": None}
         self._tool_calls: _ToolCalls | None = None
         self._has_begun = False  # text, reasoning, a refusal or a call has arrived
@@ -1762,29 +1769,37 @@ class _ChoiceBuilder:
     def _add_message(self, choice: ChatCompletionChunk.Choice, message: Any) -> None:
         """Add a message that stands where a delta was due.
 
-        The whole message after its deltas replaces them, and the chunk keeps only what
-        is new in it.
+        The whole message after its deltas replaces what it has of them, and the delta
+        of the chunk becomes the part that is new.
         """
-        content = message.get("content") if isinstance(message, dict) else None
-        so_far = self._message["content"] or b""
-        is_text = content is None or isinstance(content, str)
-        if is_text and self._has_begun and not self._has_message_deltas:
-            data = _to_bytes(content or "")
-            if data.startswith(bytes(so_far)):
-                self._clear()
-                self._add_delta(ChoiceDelta.from_dict(message))
-                rest = data[len(so_far) :].decode("utf-8", "surrogatepass")
-                choice.delta = ChoiceDelta(rest or None)
-                return
-        self._has_message_deltas = True
-        self._add_delta(choice.delta)
+        if self._is_whole(message):
+            so_far = bytes(self._message["content"] or b"")
+            for name, value in message.items():
+                if value and name != "role":
+                    self._message[name] = None
+            if message.get("tool_calls"):
+                self._tool_calls = None
+            self._add_delta(ChoiceDelta.from_dict(message))
+            rest = _to_bytes(message.get("content") or "")[len(so_far) :]
+            choice.delta = ChoiceDelta(rest.decode("utf-8", "surrogatepass") or None)
+        else:
+            self._has_message_deltas = True
+            self._add_delta(choice.delta)
+
+    def _is_whole(self, message: Any) -> bool:
+        """Tell whether a message is the whole of what its deltas have brought."""
+        if not isinstance(message, dict) or self._has_message_deltas:
+            return False
+        content = message.get("content") or ""
+        so_far = bytes(self._message["content"] or b"")
+        is_text = isinstance(content, str)
+        return self._has_begun and is_text and _to_bytes(content).startswith(so_far)
 
     def _add_delta(self, delta: ChoiceDelta) -> None:
         message, raw = self._message, delta.raw
         content = delta.content
         if content is not None:
-            if content:  # as `_continue` does
-                self._has_begun, self.finish_reason = True, None
+            self._continue(content)
             text = message["content"]
             if raw is None and type(text) is bytearray:  # most deltas
                 text += content.encode("utf-8", "surrogatepass")
@@ -1812,7 +1827,7 @@ class _ChoiceBuilder:
             _merge(message, delta.extra)
 
     def _continue(self, is_more: object) -> None:
-        """Take the end back: what follows it can be cut off, too."""
+        """Open the choice again: output after a finish_reason can be cut off, too."""
         if is_more:
             self._has_begun = True
             self.finish_reason = None
@@ -1850,7 +1865,7 @@ class ChatAccumulator:
 
     def __init__(self) -> None:
         self._failure = ""
-        self._identity: Json = {}  # id, model, created: each from the first chunk
+        self._identity: Json = {}  # id, model and created, where they first came
         self._latest: Json = {}  # of all else beside the choices, the latest value
         self._choices: dict[int, _ChoiceBuilder] = {}
 
@@ -1894,15 +1909,15 @@ class ChatAccumulator:
         return self._failure or next(filter(None, reasons), "")
 
     def has_ended(self, n_choices: int) -> bool:
-        """Tell whether the choices that were asked for, and all seen, have ended."""
+        """Tell whether at least `n_choices` have come, and every one has ended."""
         choices = self._choices.values()
         return len(choices) >= n_choices and all(c.finish_reason for c in choices)
 
     def is_complete(self, n_choices: int, is_done: bool) -> bool:
-        """Tell whether the answer is whole, of which `n_choices` were asked for.
+        """Tell whether the answer to a request for `n_choices` is whole.
 
-        Each of its choices has ended; or the server says that it `is_done`, and there
-        is a choice; and none of them failed.
+        No choice failed, and either every one has ended, or the server said that the
+        answer `is_done` after at least one.
         """
         if self.failure:
             return False
@@ -1920,7 +1935,10 @@ class ChatAccumulator:
 
 
 def accumulate(chunks: Iterable[ChatCompletionChunk]) -> ChatCompletion:
-    """Return the whole answer that the chunks make up. Raises ValueError as `add`."""
+    """Add up the chunks. The answer may be incomplete: only a stream judges that.
+
+    Raises ValueError as `ChatAccumulator.add` does.
+    """
     accumulator = ChatAccumulator()
     for chunk in chunks:
         accumulator.add(chunk)
@@ -1932,7 +1950,8 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
 
     Yields pairs of (whether this is thinking, text), however the tags are cut. The tags
     are left out, and so are white space before the first and line ends after the
-    second. Tags further on are text. Holds back no more than may be part of a tag.
+    second. Tags further on are text. Holds back only what may be part of a tag, or
+    white space before it.
     """
     texts = iter(texts)
 
@@ -2417,7 +2436,7 @@ _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
 def _reason(cause: BaseException) -> str:
-    """Return the words of an exception, or of its cause: trio's have none."""
+    """Return the words of an exception, or of its cause: trio's are empty."""
     error: BaseException | None = cause
     while error is not None and not str(error):
         error = error.__cause__ or error.__context__
@@ -2908,26 +2927,33 @@ class _Reader:
         elif encoding:
             raise self._invalid(f"a body in the encoding {encoding!r}")
 
-    def unpack(self, data: bytes) -> Iterable[bytes]:
-        """Return the bytes of the body in a read. Raises APIError."""
+    def feed(self, data: bytes) -> Iterable[Any]:
+        """Return what `data` completes. Raises APIError."""
         if self._unpacker is None:
-            return (data,)
-        return self._unpacked(self._unpacker, data)
+            return self._read(data)
+        return self._read_packed(self._unpacker, data)
 
-    def _unpacked(self, unpacker: _Unpacker, data: bytes) -> Iterator[bytes]:
+    def _read_packed(self, unpacker: _Unpacker, data: bytes) -> Iterator[Any]:
         try:
             for piece in unpacker.feed(data):
-                yield piece
+                yield from self._read(piece)
                 if self.is_finished:
                     break
         except zlib.error as error:
             problem = f"a body that does not unpack ({error})"
             raise self._invalid(problem) from None
 
+    def _read(self, data: bytes) -> Iterable[Any]:
+        """Return what the bytes of the body complete. Raises APIError."""
+        raise NotImplementedError
+
     @property
     def completion(self) -> ChatCompletion:
         """The answer so far."""
         return ChatCompletion()
+
+    def _content_type(self) -> str:
+        return self._body.content_type or "no content type"
 
     def _invalid(self, problem: str, text: str = "") -> APIError:
         """Return the error of a body that is not an answer."""
@@ -3099,8 +3125,8 @@ class _AnswerReader(_Reader):
 
     # Bytes to chunks.
 
-    def feed(self, data: bytes) -> Iterable[ChatCompletionChunk]:
-        """Return the chunks that `data` completes. Raises APIError."""
+    def _read(self, data: bytes) -> Iterable[ChatCompletionChunk]:
+        """Return the chunks that the bytes complete. Raises APIError."""
         if self._body.kind == "stream":
             # Micro-optimization: nearly always; this saves an event and a generator.
             single = self._events._single_data_line(data)
@@ -3169,9 +3195,9 @@ class _AnswerReader(_Reader):
         text = self._body.text
         payload, problem = _parse_json(text)
         end = getattr(problem, "pos", 0)
-        first, _ = _parse_json(text[:end])
+        first, no_first = _parse_json(text[:end])
         is_rest_done = "data:[DONE]".startswith("".join(text[end:].split()))
-        if _find_error(first) is not None or (end and is_rest_done):
+        if not no_first and (is_rest_done or _find_error(first) is not None):
             payload, problem, text = first, None, text[:end]
         if problem:
             if self.cause or _looks_truncated(text, problem):
@@ -3258,9 +3284,6 @@ class _AnswerReader(_Reader):
     def _cut_off(self, how: str) -> str:
         return f"the answer was cut off: {how} before a finish_reason or [DONE]"
 
-    def _content_type(self) -> str:
-        return self._body.content_type or "no content type"
-
     def _truncated(self, message: str, cause: BaseException | None = None) -> APIError:
         return self._caused(TruncatedStreamError(self._expected.redact(message)), cause)
 
@@ -3276,7 +3299,7 @@ class _AnswerReader(_Reader):
 class _ModelsReader(_Reader):
     """Takes the bytes of a list of models, and returns their names."""
 
-    def feed(self, data: bytes) -> Iterable[list[str]]:
+    def _read(self, data: bytes) -> Iterable[list[str]]:
         """Hold the bytes back. Raises APIError above the limit."""
         held, limit = self._body.held, self._expected.max_bytes
         held += data
@@ -3299,8 +3322,11 @@ class _ModelsReader(_Reader):
             models = payload.get("data", payload)
             if models is None:  # Ollama without a model
                 models = []
+        if not text.strip():
+            raise self._invalid(f"an empty body ({self._content_type()})")
         if problem or not isinstance(models, list):
-            raise self._invalid("JSON that is not a list of models", text)
+            expected = f"a body that is not a list of models ({self._content_type()})"
+            raise self._invalid(expected, text)
         names = [_string(model.get("id")) for model in _dicts(models)]
         return ([name for name in names if name],)
 
@@ -3548,13 +3574,15 @@ def _is_transport_error(error: Exception) -> bool:
 
 
 def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
-    """Return what the next read brings, None at the end, however that came about."""
+    """Return what the next read brings, None at the end: of the body or of our time."""
     control, deadline = reader.control, reader.deadline
     if control.is_closed:
         return None
     try:
         if deadline.is_unlimited:
             return next(reads, None)
+        if deadline.has_passed:
+            return None
         with deadline, _timer().limit(control.response, deadline.left):
             return next(reads, None)
     except Exception as error:
@@ -3578,6 +3606,8 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
             async for data in reads:  # takes less time than anext() with a default
                 return data
             return None
+        if deadline.has_passed:
+            return None
         with deadline, control.limit(deadline.left):
             return await anext(reads, None)
     except Exception as error:
@@ -3599,10 +3629,7 @@ def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
                 data = _next_bytes(reads, reader)
                 if data is None:
                     break
-                for piece in reader.unpack(data):
-                    yield from reader.feed(piece)
-                if reader.deadline.has_passed:
-                    break
+                yield from reader.feed(data)
             yield from reader.finish()
             # Only a connection that has been read to the end of the body can be used
             # again. Over HTTP/2, or where no thread can watch, it cannot be bounded.
@@ -3626,11 +3653,8 @@ async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]
                 data = await _anext_bytes(reads, reader)
                 if data is None:
                     break
-                for piece in reader.unpack(data):
-                    for chunk in reader.feed(piece):
-                        yield chunk
-                if reader.deadline.has_passed:
-                    break
+                for chunk in reader.feed(data):
+                    yield chunk
             for chunk in reader.finish():
                 yield chunk
             if reader.is_done:
@@ -3746,12 +3770,6 @@ class _SurrogateJoiner:
         return self._decode(text.encode("utf-16-le", "surrogatepass"), final)
 
 
-def _first_text(chunk: ChatCompletionChunk) -> str:
-    """Return the text of the first answer as it came, also half a surrogate pair."""
-    first = [choice for choice in chunk.choices if choice.index == 0]
-    return "".join(choice.delta.content or "" for choice in first)
-
-
 class ChatStream(
     _Answer,
     _SyncStream,
@@ -3786,7 +3804,7 @@ class ChatStream(
         """Iterate over the text of the first answer alone; it can be encoded."""
         joiner = _SurrogateJoiner()
         for chunk in self:
-            if text := joiner.join(_first_text(chunk)):
+            if text := joiner.join(chunk._first_text()):
                 yield text
         if text := joiner.join("", final=True):
             yield text
@@ -3820,7 +3838,7 @@ class AsyncChatStream(
         """Iterate over the text of the first answer alone; it can be encoded."""
         joiner = _SurrogateJoiner()
         async for chunk in self:
-            if text := joiner.join(_first_text(chunk)):
+            if text := joiner.join(chunk._first_text()):
                 yield text
         if text := joiner.join("", final=True):
             yield text
@@ -5159,7 +5177,7 @@ class _Program:
                 if self.args.json and part.raw:
                     self.screen.answer(json.dumps(part.raw) + "\n")
                 self.show_text(_repair_surrogates(part.reasoning), True)
-                yield joiner.join(part.text + _refusal(part))
+                yield joiner.join(part._first_text() + _refusal(part))
         except APIError as error:
             errors.append(error)
         yield joiner.join("", final=True)

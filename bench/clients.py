@@ -1,94 +1,178 @@
-"""The child process in which one contender reads over HTTP.
+"""The contenders that read a chat answer over HTTP, and the child that runs one.
 
     python bench/clients.py NAME BASE_URL [STREAMS]
 
-makes its client, prints "ready", and then for each line on standard input reads one
-answer to its end (or STREAMS answers at once) and prints what that took, as JSON. It
-runs async if its name has the word in it.
+prints the text of an answer, and then for each line on standard input reads one to
+its end (or STREAMS at once) and prints what that took, as JSON.
+
+A contender makes its client and returns the function that starts a stream. It imports
+only what it needs, inside, so that its start is its own. `options` are more fields of
+the request.
 """
 
-import asyncio
-import json
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from measure import allow_many_sockets
-from peak import peak_bytes
-from programs import without_async
+MESSAGES: Any = [{"role": "user", "content": "hi"}]
+TIMEOUT = 600.0  # seconds, the default of sse_chat and of openai
 
 
-def contenders(sync: bool) -> dict[str, Any]:
-    """What contenders.py defines, or its sync twin."""
-    path = Path(__file__).with_name("contenders.py")
-    source = path.read_text(encoding="utf-8")
-    found: dict[str, Any] = {}
-    exec(compile(without_async(source) if sync else source, path, "exec"), found)
-    return found
+def sse_chat(url: str, is_async: bool, timeout: float = TIMEOUT, **options: Any) -> Any:
+    from sse_chat import AsyncChatClient, ChatClient
+
+    make: Any = AsyncChatClient if is_async else ChatClient
+    client = make(base_url=url, model="m", timeout=timeout)
+    return lambda: client.stream(MESSAGES, **options)
 
 
-def text_of(items: list[Any]) -> str:
-    """What the items of one answer say: chunks, dicts, or bytes cut anywhere."""
-    if isinstance(items[0], bytes):
-        lines = b"".join(items).split(b"\n")
-        items = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
-    return "".join(
-        item["choices"][0]["delta"].get("content", "")
-        if isinstance(item, dict)
-        else item.choices[0].delta.content or ""
-        for item in items
-    )
+def openai(url: str, is_async: bool, timeout: float = TIMEOUT, **options: Any) -> Any:
+    from openai import AsyncOpenAI, OpenAI
+
+    make: Any = AsyncOpenAI if is_async else OpenAI
+    create = make(base_url=url, api_key="none", timeout=timeout).chat.completions.create
+    return lambda: create(model="m", messages=MESSAGES, stream=True, **options)
 
 
-def taken(read: Callable[[], list[Any]]) -> dict[str, float]:
-    """What reading took, in seconds and bytes, and what came."""
-    start, cpu = time.perf_counter(), time.process_time()
-    answers = read()
-    cpu = time.process_time() - cpu
-    wall = time.perf_counter() - start
-    whole = [answer for answer in answers if not isinstance(answer, Exception)]
-    firsts = [first for _, first, _ in whole]
-    first_end = min((end for _, _, end in whole), default=start)
-    return {
-        "cpu": cpu,
-        "wall": wall,
-        "first": max(firsts, default=start) - start,
-        "items": sum(items for items, _, _ in whole),
-        "failed": len(answers) - len(whole),
-        "open at once": sum(first < first_end for first in firsts),
-        "peak": peak_bytes(),
-    }
+def dicts(url: str, is_async: bool, timeout: float = TIMEOUT, **options: Any) -> Any:
+    import json
+
+    from httpx_sse import aconnect_sse, connect_sse
+
+    client, request = _httpx(url, is_async, timeout, options)
+
+    def stream() -> Iterator[Any]:
+        with connect_sse(client, **request) as source:
+            for event in source.iter_sse():
+                if event.data != "[DONE]":
+                    yield json.loads(event.data)
+
+    async def stream_async() -> AsyncIterator[Any]:
+        async with aconnect_sse(client, **request) as source:
+            async for event in source.aiter_sse():
+                if event.data != "[DONE]":
+                    yield json.loads(event.data)
+
+    return stream_async if is_async else stream
 
 
-def main(name: str, base_url: str, streams: int = 1) -> None:
-    """Runs the contender `name` against the server at `base_url`."""
+def recipe(url: str, is_async: bool) -> Any:
+    from openai.types.chat import ChatCompletionChunk
+
+    stream = dicts(url, is_async)
+    if is_async:
+        return lambda: (ChatCompletionChunk(**item) async for item in stream())
+    return lambda: (ChatCompletionChunk(**item) for item in stream())
+
+
+def httpx(url: str, is_async: bool) -> Any:
+    client, request = _httpx(url, is_async, TIMEOUT, {})
+
+    def stream() -> Iterator[bytes]:
+        with client.stream(**request) as response:
+            yield from response.iter_raw()
+
+    async def stream_async() -> AsyncIterator[bytes]:
+        async with client.stream(**request) as response:
+            async for piece in response.aiter_raw():
+                yield piece
+
+    return stream_async if is_async else stream
+
+
+def _httpx(url: str, is_async: bool, timeout: float, options: Any) -> tuple[Any, Any]:
+    import httpx
+
+    # The pool's limits are those of sse_chat: else it would be limits that compete.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+    make: Any = httpx.AsyncClient if is_async else httpx.Client
+    body = {"model": "m", "messages": MESSAGES, "stream": True, **options}
+    request = {"method": "POST", "url": f"{url}/chat/completions", "json": body}
+    return make(timeout=timeout, limits=limits), request
+
+
+CONTENDERS = {each.__name__: each for each in (sse_chat, openai, recipe, dicts, httpx)}
+
+
+def make(name: str, url: str) -> tuple[Callable[[], Any], bool]:
+    """Make the contender; returns what starts a stream, and whether that is async."""
+    is_async = name.endswith(" async")
+    return CONTENDERS[name.removesuffix(" async")](url, is_async), is_async
+
+
+async def opened(stream: Callable[[], Any]) -> Any:
+    items = stream()
+    return await items if hasattr(items, "__await__") else items
+
+
+def text_of(item: Any) -> str:
+    """Return the text of a chunk object or of a dict; bytes are shown as they are."""
+    if isinstance(item, bytes):
+        return repr(item)
+    if isinstance(item, dict):
+        return item["choices"][0]["delta"].get("content", "")
+    return item.choices[0].delta.content or ""
+
+
+def start(name: str, url: str) -> None:
+    """Print each text of an answer as it comes: the program whose start is timed."""
+    stream, is_async = make(name, url)
+
+    async def run() -> None:
+        async for item in await opened(stream):
+            print(text_of(item), flush=True)
+
+    if is_async:
+        import asyncio
+
+        asyncio.run(run())
+    else:
+        for item in stream():
+            print(text_of(item), flush=True)
+
+
+def main(name: str, url: str, streams: int = 1) -> None:
+    import asyncio
+    import json
+
+    from measure import allow_many_sockets
+
     allow_many_sockets()
-    sync = "async" not in name
-    found = contenders(sync)
-    make = found["CONTENDERS"][name.replace(" async", "")]
     loop = asyncio.new_event_loop()
+    stream, is_async = make(name, url)
 
-    async def at_once(read: Callable[[Any], Any], count: int) -> list[Any]:
-        answers = (read(stream) for _ in range(count))
-        return await asyncio.gather(*answers, return_exceptions=count > 1)
+    async def collect() -> list[Any]:
+        return [item async for item in await opened(stream)]
 
-    def run(read: Callable[[Any], Any], count: int) -> list[Any]:
-        if sync:
-            return [read(stream)]
-        return loop.run_until_complete(at_once(read, count))
+    async def read_async() -> int:
+        items = 0
+        async for _ in await opened(stream):
+            items += 1
+        return items
 
-    stream = make(base_url)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line == "check\n":
-            done: dict[str, Any] = {"text": text_of(run(found["collect"], 1)[0])}
-        else:
-            if streams > 1:  # Each run has a new client.
-                stream = make(base_url)
-            done = taken(lambda: run(found["read"], streams))
-        print(json.dumps(done), flush=True)
+    async def read_at_once() -> int:
+        reads = [read_async() for _ in range(streams)]
+        counts = await asyncio.gather(*reads, return_exceptions=streams > 1)
+        return sum(count for count in counts if isinstance(count, int))
+
+    def read() -> int:
+        if is_async:
+            return loop.run_until_complete(read_at_once())
+        items = 0
+        for _ in stream():
+            items += 1
+        return items
+
+    whole = loop.run_until_complete(collect()) if is_async else list(stream())
+    print(json.dumps("".join(map(text_of, whole))), flush=True)
+    for _ in sys.stdin:
+        if streams > 1:  # Each run has a new client.
+            stream, _ = make(name, url)
+        cpu = time.process_time()
+        items = read()
+        cpu = time.process_time() - cpu
+        print(json.dumps({"cpu": cpu, "items": items}), flush=True)
     loop.run_until_complete(loop.shutdown_asyncgens())
 
 

@@ -1,179 +1,151 @@
-"""End to end over loopback, one stream and a thousand at once.
+"""Over loopback: one stream, a thousand at once, and whole programs from their start.
 
-The server and every client have a process of their own. What is measured is the
-processor time of the client's process, per event that the server sent.
+The server and every client have a process of their own. Starts are wall-clock time.
 """
 
-import itertools
-from collections.abc import Callable, Iterable
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-from measure import Columns, Figure, Part, Samples, interleave
-from processes import Client, clients, server
-from workloads import ASCII_WORDS
+from measure import BENCH, Part, interleave, output, started
+from streams import ASCII_WORDS
 
-OURS = ("sse_chat", "sse_chat async")
 BOTH = ("sse_chat", "openai", "recipe", "dicts", "httpx")
-ALL = (*BOTH, "http.client", *(f"{name} async" for name in BOTH))
-LAYERS = ("socket", "h11", "httpcore", "httpx", "SSE", "JSON", "sse_chat")
-STREAMS = 1_000
-TOKENS_A_SECOND = 50
-SLOW_TOKENS_A_SECOND = 10
+TOKENS_A_SECOND = 10
+STARTS = ("sse_chat", "sse_chat async", "httpx", "httpx async", "dicts", "openai")
+PROGRAM = "import clients; clients.start({!r}, {!r})"
 
 
-def check(contenders: dict[str, Client], events: int) -> None:
-    """Compares each contender's text with that of the server's answer."""
-    # The last two events are the finish and [DONE].
-    sent = "".join(ASCII_WORDS[i % len(ASCII_WORDS)] for i in range(events - 2))
-    for client in contenders.values():
-        client.ask("check")
-    for name, client in contenders.items():
-        if client.answer()["text"] != sent:
-            raise RuntimeError(f"{name} lost or changed text")
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    if not (found := process.stdout.readline()):
+        raise RuntimeError(f"{process.args!r} printed nothing")
+    return found
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Run the server of streams.py; yields its address, without a path."""
+    with started([sys.executable, str(BENCH / "streams.py")]) as process:
+        yield f"http://127.0.0.1:{int(line(process))}"
+
+
+@contextmanager
+def clients(
+    names: Sequence[str], events: int, rate: int = 0, streams: int = 1
+) -> Iterator[Callable[..., Any]]:
+    """Start a server, and a client for each name that reads what was sent.
+
+    Yields a function that lets a client read, and returns what that took.
+    """
+
+    def ask(name: str) -> Any:
+        print(file=processes[name].stdin, flush=True)
+        return json.loads(line(processes[name]))
+
+    with server() as address, ExitStack() as stack:
+        processes = {}
+        for name in names:
+            command = [sys.executable, str(BENCH / "clients.py"), name]
+            command += [f"{address}/{events}/{rate}/v1", str(streams)]
+            processes[name] = stack.enter_context(started(command))
+        # The last two events are the finish and [DONE].
+        sent = "".join(ASCII_WORDS[i % len(ASCII_WORDS)] for i in range(events - 2))
+        for name, process in processes.items():
+            text = json.loads(line(process))
+            if text != sent and not name.startswith("httpx"):  # It has only bytes.
+                raise RuntimeError(f"{name} lost or changed text")
+        yield ask
 
 
 def end_to_end(quick: bool) -> Part:
-    """One stream at a time, as fast as the client reads."""
+    """Measure the client's processor time of one stream, as fast as it reads."""
     events = 50 if quick else 3_000
-    first = Samples({name: [] for name in ALL})
-
-    def run(name: str) -> float:
-        done = contenders[name].run()
-        first[name].append(done["first"] * 1e3)
-        return per_event(done, events)
-
-    with server() as address, clients(ALL, f"{address}/{events}/0/v1") as contenders:
-        check(contenders, events)
-        samples = interleave(run, ALL, 1 if quick else 15)
-    begun = {name: f"{first.figure(name).value:.2f}" for name in ALL}
+    names = [*BOTH, *(f"{name} async" for name in BOTH)]
+    with clients(names, events) as ask:
+        samples = interleave(lambda name: ask(name)["cpu"], names, 1 if quick else 15)
+    samples = samples.times(1e6 / events)
     title = f"end to end: {events:,} events a stream, flat out"
+    dicts, dicts_async = samples.both("dicts", "sse_chat")
     return Part(
-        [_table(title, samples, {"first chunk ms": begun})],
+        [samples.table(title, "CPU µs/event")],
+        {"CPU µs per event": samples.medians()},
         {
-            "microseconds of client CPU per event": samples.summary(),
-            "milliseconds to the first chunk on an open connection": first.summary(),
-        },
-        {
-            "end to end / openai": min(samples.both("openai", "sse_chat")),
+            "end to end / dicts": dicts,
+            "end to end / dicts async": dicts_async,
             "end to end / recipe": min(samples.both("recipe", "sse_chat")),
-            "end to end / dicts": min(samples.both("dicts", "sse_chat")),
-            "end to end / httpx": max(samples.both("sse_chat", "httpx")),
+            "end to end / openai": min(samples.both("openai", "sse_chat")),
         },
-    )
-
-
-def per_event(done: dict[str, Any], events: int) -> float:
-    """The microseconds of processor time that an event took."""
-    cpu: float = done["cpu"]
-    return cpu / events * 1e6
-
-
-def _table(title: str, samples: Samples, columns: Columns) -> str:
-    over = {
-        name: f"{samples.ratio(name, OURS['async' in name]).value:.2f} ×"
-        for name in samples
-    }
-    return samples.table(title, "CPU µs/event", {"over ours": over, **columns})
-
-
-def paced(quick: bool) -> Part:
-    """One stream of each contender at the pace of a model, all at the same time.
-
-    Each is idle almost always, so they do not disturb each other, and what disturbs
-    them disturbs them all.
-    """
-    events = 10 if quick else 5 * TOKENS_A_SECOND
-    names = (*OURS, "httpx", "httpx async") if quick else ALL
-    samples = Samples({name: [] for name in names})
-    with server() as address:
-        base_url = f"{address}/{events}/{TOKENS_A_SECOND}/v1"
-        with clients(names, base_url) as contenders:
-            check(contenders, events)
-            for _ in range(1 if quick else 5):
-                for client in contenders.values():
-                    client.ask("run")
-                for name, client in contenders.items():
-                    samples[name].append(per_event(client.answer(), events))
-    title = f"end to end: {events:,} events a stream, {TOKENS_A_SECOND} a second"
-    return Part(
-        [_table(title, samples, {})],
-        {"microseconds of client CPU per event": samples.summary()},
-        {"paced / httpx": max(samples.both("sse_chat", "httpx"))},
     )
 
 
 def concurrency(quick: bool) -> Part:
-    """Very many streams at once on one event loop."""
-    streams, seconds = (20, 1) if quick else (STREAMS, 3)
-    events = seconds * SLOW_TOKENS_A_SECOND
+    """Measure the processor time of very many streams at once on one event loop."""
+    streams, events = (20, TOKENS_A_SECOND) if quick else (1_000, 3 * TOKENS_A_SECOND)
     ours, openai, httpx = names = ("sse_chat async", "openai async", "httpx async")
-    default = "httpx async, default limits"
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*names, default)}
+    items: dict[str, list[int]] = {name: [] for name in names}
 
     def run(name: str) -> float:
-        done = contenders[name].run()
-        runs[name].append(done)
-        return per_event(done, streams * events)
+        done = ask(name)
+        items[name].append(done["items"])
+        return float(done["cpu"]) / (streams * events) * 1e6
 
-    def worst(pick: Callable[[Iterable[float]], float], key: str) -> dict[str, float]:
-        return {name: pick(done[key] for done in found) for name, found in runs.items()}
+    with clients(names, events, TOKENS_A_SECOND, streams) as ask:
+        samples = interleave(run, names, 1 if quick else 5, warm_up=0)
+    title = (
+        f"concurrency: {streams:,} streams at once, {TOKENS_A_SECOND} events a second"
+    )
+    return Part(
+        [samples.table(title, "CPU µs/event")],
+        {"CPU µs per event": samples.medians()},
+        {
+            "concurrency whole": min(items[ours]) / (streams * (events - 1)),
+            "concurrency / httpx": samples.ratio(ours, httpx),
+            "concurrency / openai": samples.ratio(openai, ours),
+        },
+    )
 
+
+def start(quick: bool) -> Part:
+    """Measure whole programs: up to their first token, and `--version`."""
+    rounds = 1 if quick else 11
+    script = Path(sysconfig.get_path("scripts"), "sse-chat")
+    if not script.exists():
+        raise RuntimeError("sse-chat is not installed: pip install -e '.[bench]'")
+    whole = {"pass": [sys.executable, "-c", "pass"]}
+    whole["--version"] = [str(script), "--version"]
     with server() as address:
-        base_url = f"{address}/{events}/{SLOW_TOKENS_A_SECOND}/v1"
-        with clients([*names, default], base_url, streams) as contenders:
-            check(contenders, events)
-            samples = interleave(run, names, 1 if quick else 3, warm_up=0)
-            run(default)
-    failed, at_once = worst(max, "failed"), worst(min, "open at once")
-    columns = {
-        "failed": failed,
-        "open at once": at_once,
-        "all begun s": worst(max, "first"),
-        "peak MB": {name: peak // 10**6 for name, peak in worst(max, "peak").items()},
-    }
-    whole = worst(min, "items")[ours] / (streams * (events - 1))
-    rate = f"{events} events each, {SLOW_TOKENS_A_SECOND} a second"
-    title = f"concurrency: {streams:,} streams at once, {rate}"
+        url = f"{address}/20/0/v1"
+        programs = {name: PROGRAM.format(name, url) for name in STARTS}
+        first = {name: [sys.executable, "-c", programs[name]] for name in STARTS}
+        for name, command in first.items():
+            if ASCII_WORDS[0] not in output(command).split("\n")[0]:
+                raise RuntimeError(f"{name} did not print the first word")
+        firsts = interleave(lambda n: milliseconds(first[n], False), first, rounds)
+    wholes = interleave(lambda n: milliseconds(whole[n], True), whole, rounds)
     return Part(
         [
-            samples.table(title, "CPU µs/event", columns),
-            f"\n{default}: {failed[default]} of {streams:,} streams failed",
+            firsts.table("start: a program to its first token", "ms"),
+            wholes.table("start: a program that asks for nothing", "ms"),
         ],
+        {"ms to the first token": firsts.medians(), "ms": wholes.medians()},
         {
-            "streams": streams,
-            "events per stream": events,
-            "microseconds of client CPU per event": samples.summary(),
-            "failed": failed,
-        },
-        {
-            "concurrency whole": Figure.of([whole]),
-            "concurrency at once": Figure.of([at_once[ours] / streams]),
-            "concurrency / httpx": samples.ratio(ours, httpx),
-            "concurrency / openai": samples.ratio(ours, openai),
+            "first token / httpx": max(firsts.both("sse_chat", "httpx")),
+            "first token / openai": firsts.ratio("openai", "sse_chat"),
+            "--version / pass": wholes.ratio("--version", "pass"),
         },
     )
 
 
-def split(quick: bool) -> Part:
-    """Where the time of one event goes: the layers, one more at each step.
-
-    No profiler is on; a layer's share is what the stack with it takes more than the
-    stack without it.
-    """
-    events = 50 if quick else 5_000
-
-    def run(name: str) -> float:
-        return per_event(contenders[name].run(), events)
-
-    with server() as address, clients(LAYERS, f"{address}/{events}/0/v1") as contenders:
-        samples = interleave(run, LAYERS, 1 if quick else 15)
-    layers = {LAYERS[0]: samples.figure(LAYERS[0])}
-    for below, name in itertools.pairwise(LAYERS):
-        layers[name] = samples.difference(name, below)
-    whole = samples.figure(LAYERS[-1]).value
-    shares = {name: f"{layer.value / whole:.0%}" for name, layer in layers.items()}
-    columns: Columns = {"of it this layer": layers, "share": shares}
-    return Part(
-        [samples.table("where the time goes, flat out", "CPU µs/event", columns)],
-        {"microseconds of client CPU per event": samples.summary()},
-    )
+def milliseconds(command: list[str], whole: bool) -> float:
+    """Return the wall-clock time from a program's start to its first line, or end."""
+    start = time.perf_counter()
+    with started(command) as process:
+        process.wait() if whole else line(process)
+        return (time.perf_counter() - start) * 1e3

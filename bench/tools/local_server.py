@@ -1,6 +1,6 @@
 """A real model behind a real OpenAI-compatible server, on this machine alone.
 
-    $ python bench/local_server.py
+    $ python bench/tools/local_server.py
     http://127.0.0.1:41234/v1
 
 Starts llama.cpp's own HTTP server with SmolLM2-135M-Instruct (98 MB, fluent and often
@@ -8,16 +8,14 @@ wrong) on a loopback port. Once it answers, its base URL is the one line on stdo
 everything else goes to stderr. It serves until SIGTERM or Ctrl-C, then exits with 0.
 In a script:
 
-    python bench/local_server.py > url.txt & pid=$!
+    python bench/tools/local_server.py > url.txt & pid=$!
     until [ -s url.txt ] || ! kill -0 $pid; do sleep 0.2; done
     SSE_CHAT_LIVE_URL=$(cat url.txt) pytest -m live; kill $pid
 
-Needs nothing but Python 3.10 or later on Linux or macOS: server and model are two
+Needs nothing but Python 3.11 or later on Linux or macOS: server and model are two
 packages, installed the first time into a virtual environment of their own below
 $XDG_CACHE_HOME or ~/.cache.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib

@@ -1,14 +1,12 @@
 """The picture at the top of the README: a real session in a real shell, as SVG.
 
-    $ python bench/terminal.py
+    $ python bench/tools/terminal.py
     wrote bench/terminal.svg
 
 Starts local_server.py, gives bash a pseudo-terminal and types SCENE into it. What comes
 back goes through a terminal just large enough for it: lines, columns and the colours
 that were really sent. Look at the picture before you commit it: the model is small.
 """
-
-from __future__ import annotations
 
 import os
 import pty
@@ -27,7 +25,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[1]
 COLUMNS, ROWS = 80, 24
 PORT = 8080  # the one that llama.cpp's server has by default
 STEP_TIMEOUT = 120  # seconds; the answers take about one
@@ -179,7 +177,7 @@ def spans(line: Line) -> str:
 
 
 def main() -> None:
-    command = [sys.executable, str(HERE / "local_server.py"), "--with-parent"]
+    command = [sys.executable, str(BENCH / "tools/local_server.py"), "--with-parent"]
     command += ["--port", str(PORT), "--chat-template", TEMPLATE]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -187,12 +185,12 @@ def main() -> None:
     ):
         assert server.stdout
         url = server.stdout.readline().strip()
-        shutil.copy(HERE.parent / "sse_chat.py", folder)
+        shutil.copy(BENCH.parent / "sse_chat.py", folder)
         try:
             output = play(url, folder) if url else sys.exit("terminal: no server")
         finally:
             server.terminate()
-    picture = HERE / "terminal.svg"
+    picture = BENCH / "terminal.svg"
     picture.write_text(draw(emulate(output)), encoding="utf-8")
     print(f"wrote {os.path.relpath(picture)}")
 
