@@ -5,7 +5,11 @@
     Server-sent events           against the standard
     Chat types, Accumulating
     How an answer can end        a section for each row of the README's table
+    What servers mean            by kind: errors, ends, tool calls, messages as they came
+    Many streams; HTTP/2, TLS
     The request                  and the secrets in it
+    The life of a stream         nothing hangs, nothing is another's, nothing is lost
+    Listening                    the event source that connects again
     Threads, memory, packages
     The program                  in pipes and at a terminal; the demo server
     The README                   its snippets, its names; types, pydantic, FastAPI
@@ -32,14 +36,17 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
+import random
 import re
 import select
 import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -68,6 +75,7 @@ from sse_chat import (
     ChatAccumulator,
     ChatCompletion,
     ChatCompletionChunk,
+    EventSource,
     ServerSentEvent,
     SSEDecoder,
     SSEError,
@@ -233,7 +241,9 @@ ENDLESS = [(event("x"), 0.01)] * 3_000
 
 KEEP = "keep the connection"
 GONE = "wait until the client has gone"
+PATIENCE = 20  # seconds, for a slow machine
 SERVER_PATIENCE = 30  # seconds, after which a server closes what nobody reads or writes
+NOBODY = "http://127.0.0.1:9/v1"  # the discard port: nothing listens there
 pause = time.sleep  # where a test counts waits, that of the module is another
 
 
@@ -544,6 +554,14 @@ def ask_sync(base_url=None, **options):
 
 def chunks_in(*pieces, **options):
     return finished(take(Sync(sse_chat.iter_chunks(pieces, **options))))
+
+
+async def until(true, seconds=9):
+    """Wait until it is true, for so many seconds at most."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        await anyio.sleep(0.005)
+    return found
 
 
 # ---- Server-sent events against the standard, and the names of httpx-sse -------------
@@ -2532,6 +2550,1747 @@ def test_a_large_answer_takes_memory_as_its_size(parts, error):
     assert error or answer.text == "Hello"
 
 
+# ---- Answers of healthy servers ------------------------------------------------------
+
+TOKENS_USED = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+ONE_CALL = {"id": "a", "type": "function"}
+ONE_CALL["function"] = {"name": "f", "arguments": '{"x": 1}'}
+
+
+def said(delta=None, finish=None, **choice):
+    """The payload of a chunk with one choice."""
+    one = {"index": 0, "delta": {} if delta is None else delta, "finish_reason": finish}
+    return {"choices": [one | choice]}
+
+
+def hello(**more):
+    """The text that all of these answers have, in two chunks."""
+    return [said({"content": text} | more) for text in ("Hel", "lo")]
+
+
+def think(name):
+    return [said({name: "H", "content": ""}), said({name: "m", "content": ""})]
+
+
+def usage(**more):
+    return {"choices": [], "usage": TOKENS_USED | more}
+
+
+def sent_by(*payloads, **head):
+    """The events of a server whose chunks all have this head; bytes stay as they are.
+
+    Other values than bytes and dicts are lists of payloads.
+    """
+    head = {"id": "c", "created": 1, "model": "m"} | head
+    head = {"object": "chat.completion.chunk"} | head
+    listed = [[p] if isinstance(p, (bytes, dict)) else p for p in payloads]
+    flat = itertools.chain(*listed)
+    return [p if isinstance(p, bytes) else sse(head | p) for p in flat]
+
+
+ROLE = {"role": "assistant"}
+FILTER = {"content_filter_results": {"hate": {"filtered": False, "severity": "safe"}}}
+FAILED_FILTER = {"error": {"code": "content_filter_error", "message": "not filtered"}}
+SIGNED = {"extra_content": {"google": {"thought_signature": "Et8B"}}}
+DETAIL = {"type": "reasoning.text", "index": 0, "format": "anthropic-claude-v1"}
+TIMINGS = {"timings": {"prompt_n": 3, "predicted_per_second": 9.5}}
+PROGRESS = {"prompt_progress": {"total": 9, "cache": 0, "processed": 5, "time_ms": 7}}
+THINKING_PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}]
+SUMMARY = [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}]}]
+
+HEALTHY = {  # name: events; those whose name has a + think "Hm", with a ! call f
+    "OpenAI": sent_by(
+        said(ROLE | {"content": "", "refusal": None}, logprobs=None) | {"usage": None},
+        [payload | {"obfuscation": "aB3"} for payload in hello()],
+        said({}, "stop", logprobs=None) | {"service_tier": "default"},
+        usage(),
+    ),
+    "OpenAI!": sent_by(
+        said(ROLE | {"content": None, "tool_calls": [{"index": 0} | ONE_CALL]}),
+        said({}, "tool_calls"),
+    ),
+    "Azure": sent_by(
+        {"choices": [], "created": 0, "id": "", "model": "", "object": ""}
+        | {"prompt_filter_results": [{"prompt_index": 0} | FILTER]},
+        said(ROLE | {"content": ""}, content_filter_results={}),
+        hello(),
+        said({"content": ""}, content_filter_result=FAILED_FILTER),
+        said({}, "stop", **FILTER),
+        {"id": "", "object": "", "created": 0, "model": ""}
+        | {"choices": [{"finish_reason": None, "index": 0} | FILTER]},
+        usage(),
+    ),
+    "Ollama+": sent_by(
+        think("reasoning"),
+        hello(role="assistant"),
+        said({}, "stop"),
+        usage(),
+        system_fingerprint="fp_ollama",
+    ),
+    "Ollama!": sent_by(
+        said({"content": "", "tool_calls": [{"index": 0} | ONE_CALL]}),
+        said({}, "tool_calls"),
+    ),
+    "vLLM+": sent_by(
+        said(ROLE | {"content": ""}) | {"prompt_token_ids": None},
+        think("reasoning"),
+        hello(),
+        said({"content": ""}, "stop", stop_reason=128009, token_ids=None),
+        usage(prompt_tokens_details=None),
+    ),
+    "SGLang": sent_by(
+        [p | {"usage": None} for p in hello(role=None, tool_calls=None)],
+        said({"content": "", "tool_calls": None}, "", matched_stop=None),
+        said({}, "stop", matched_stop=2),
+    ),
+    "llama.cpp+": sent_by(
+        [said(ROLE | {"content": None}) | PROGRESS] * 2,
+        b":\n\n",
+        [said({"reasoning_content": text}) for text in "Hm"],
+        hello(),
+        said({}, "stop") | TIMINGS,
+    ),
+    "OpenRouter+": sent_by(
+        [b": OPENROUTER PROCESSING\n\n"] * 2,
+        [
+            said({"reasoning": text, "reasoning_details": [DETAIL | {"text": text}]})
+            for text in "Hm"
+        ],
+        hello(),
+        said({"content": ""}, "stop", native_finish_reason="end_turn"),
+        said({"content": "", "role": "assistant"}, native_finish_reason=None)
+        | {"usage": TOKENS_USED | {"cost": 0.1}},
+        provider="P",
+    ),
+    "Gemini": sent_by(
+        said(ROLE | {"content": "Hel"}),
+        said(ROLE | {"content": "lo"}, "stop") | {"usage": TOKENS_USED},
+    ),
+    "Gemini!": sent_by(
+        said(ROLE | {"tool_calls": [ONE_CALL | SIGNED]}, "stop"),
+        said(ROLE | SIGNED),
+    ),
+    "Gemini, another name": sent_by(
+        hello(), {"choices": [{"index": 0, "delta": {}, "finishReason": "STOP"}]}
+    ),
+    "Mistral+": sent_by(
+        said(ROLE | {"content": ""}),
+        said({"content": THINKING_PARTS}),
+        [payload | {"p": "abc"} for payload in hello()],
+        said({"content": ""}, "stop") | {"usage": TOKENS_USED},
+    ),
+    "DeepSeek+": sent_by(
+        b": keep-alive\n\n",
+        said({"content": "", "reasoning_content": None}),
+        said({"content": None, "reasoning_content": "Hm"}),
+        hello(reasoning_content=None),
+        said({"content": "", "reasoning_content": None}, "stop")
+        | {"usage": TOKENS_USED | {"prompt_cache_hit_tokens": 0}},
+    ),
+    "DeepSeek!": sent_by(
+        said({"tool_calls": [ONE_CALL | {"index": 0, "function": {"name": "f"}}]}),
+        [
+            said({"tool_calls": [{"index": 0, "id": "a", "function": function}]})
+            for function in ({"arguments": '{"x": '}, {"arguments": "1}"})
+        ],
+        said({"content": ""}, "tool_calls"),
+    ),
+    "Groq": sent_by(
+        said(ROLE | {"content": ""}) | {"x_groq": {"id": "r"}},
+        hello(),
+        said({}, "stop") | {"x_groq": {"id": "r", "usage": TOKENS_USED}},
+    ),
+    "LiteLLM": sent_by(hello(), said({}, "stop") | {"id": "another"}),
+    "Kimi": sent_by(hello(), said({}, "stop", usage=TOKENS_USED)),
+    "Spark": sent_by(hello(), said({}, "stop"), code=0, message="Success"),
+    "MiniMax": sent_by(
+        hello(), said({}, "stop"), base_resp={"status_code": 0, "status_msg": ""}
+    ),
+    "MiniMax+": sent_by(
+        [said({"reasoning_details": [{"text": text, "index": 0}]}) for text in "Hm"],
+        hello(),
+        said({}, "stop"),
+    ),
+    "Copilot+": sent_by(
+        [said({"reasoning_text": text}) for text in "Hm"],
+        said({"reasoning_opaque": "c2ln"}),
+        hello(),
+        said({}, "stop"),
+    ),
+    "Databricks+": sent_by(
+        said({"content": SUMMARY}),
+        [said({"content": [{"type": "text", "text": t}]}) for t in ("Hel", "lo")],
+        said({}, "stop"),
+    ),
+    "Foundry": sent_by(
+        [p | {"error": None, "Successful": True} for p in hello(tool_calls=[])],
+        said({}, "stop") | {"error": None},
+    ),
+    "watsonx": sent_by(
+        said({"content": "Hel"}, "not_finished"),
+        said({"content": "lo"}, "not_finished"),
+        said({}, "stop"),
+    ),
+    "KoboldCpp": sent_by([said(ROLE | {"content": "Hello"}, "null")], said({}, "stop")),
+}
+ONE_ENDS = event(finish="stop", index=1)
+LAST_REASON = re.compile(rb'finish_?[rR]eason": "(?!null|not_finished)[a-zA-Z_]+"')
+GOOD_STREAMS = [[*events, DONE] for events in HEALTHY.values()]
+GOOD_STREAMS.append([event("x", index=1), *BEGUN, ONE_ENDS, HELLO[2], DONE])
+
+
+def calls_of(completion):
+    """Names and parsed arguments; arguments that are no JSON stay a text."""
+    made = []
+    for call in completion.choices[0].message.tool_calls or []:
+        arguments = call.function.arguments
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments)
+        made.append((call.function.name, arguments))
+    return made
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_answers_of_healthy_servers_stay_whole(name):
+    """With [DONE] and without; and what ends before the last reason is cut off."""
+    events = HEALTHY[name]
+    for end in ([], [DONE], [DONE.strip()]):
+        answer = chunks_in(*events, *end)
+        assert answer.error is None
+        got = answer.completion
+        assert (got.text, answer.text) == ("" if "!" in name else "Hello",) * 2
+        assert got.reasoning == ("Hm" if "+" in name else "")
+        assert calls_of(got) == ([("f", {"x": 1})] if "!" in name else [])
+        assert (got.id, got.model) == ("c", "m")
+        has_usage = any(b"total_tokens" in event for event in events)
+        assert (got.usage.total_tokens if got.usage else None) == (
+            5 if has_usage else None
+        )
+    last = max(at for at, e in enumerate(events) if LAST_REASON.search(e))
+    for at in range(1, last + 1):
+        assert type(chunks_in(*events[:at]).error) is Truncated
+
+
+# ---- Errors --------------------------------------------------------------------------
+
+TOLD = "the engine is on fire"
+INNER = json.dumps({"error": {"message": TOLD, "code": 5}})
+PROVIDER = {"message": "Provider returned error", "code": 429}
+ERROR_OBJECTS = {  # name: the object, its code
+    "error": ({"error": {"message": TOLD, "type": "t", "code": "c"}}, "c"),
+    "a text": ({"error": TOLD}, None),
+    "in a list": ([{"error": {"code": 400, "message": TOLD}}], 400),
+    "nested": ({"error": {"error": {"message": TOLD, "code": 3}}}, ...),
+    "beside a choice": (said({"content": ""}) | {"error": {"message": TOLD}}, None),
+    "beside no choices": ({"choices": [], "error": {"message": TOLD}}, None),
+    "in a choice": (said(None, "error", error={"code": 502, "message": TOLD}), 502),
+    "in a choice that stopped": (said(None, "stop", error={"message": TOLD}), None),
+    "in a second choice": (
+        {"choices": [{"index": 0, "delta": {}}, {"index": 1, "error": TOLD}]},
+        None,
+    ),
+    "in x_groq": (said() | {"x_groq": {"id": "r", "error": TOLD}}, None),
+    "object": ({"object": "error", "message": TOLD, "code": 400}, 400),
+    "object with a detail": (
+        {"object": "error", "message": {"detail": [{"msg": TOLD}]}},
+        None,
+    ),
+    "base_resp": (
+        {"choices": None, "base_resp": {"status_code": 1027, "status_msg": TOLD}},
+        1027,
+    ),
+    "base_resp beside a choice": (
+        said({"content": ""})
+        | {"base_resp": {"status_code": 1039, "status_msg": TOLD}},
+        1039,
+    ),
+    "errors": (
+        {"result": None, "success": False, "errors": [{"code": 7003, "message": TOLD}]},
+        7003,
+    ),
+    "detail": ({"detail": TOLD}, None),
+    "detail as a list": ({"detail": [{"loc": ["body", 0], "msg": TOLD}]}, None),
+    "error_code": ({"text": TOLD, "error_code": 50002}, 50002),
+    "code": ({"code": "daily_limit", "message": TOLD}, "daily_limit"),
+    "code and null choices": (
+        {"code": 10013, "message": TOLD, "sid": "s", "choices": None},
+        10013,
+    ),
+    "metadata": ({"error": PROVIDER | {"metadata": {"raw": TOLD}}}, 429),
+    "metadata in JSON": ({"error": PROVIDER | {"metadata": {"raw": INNER}}}, 429),
+}
+error_objects = pytest.mark.parametrize(
+    ("sent", "code"), ERROR_OBJECTS.values(), ids=ERROR_OBJECTS
+)
+
+
+def in_lines(payload, prefix=""):
+    lines = json.dumps(payload, indent=2).splitlines()
+    return "".join(f"{prefix}{line}\n" for line in lines).encode() + b"\n"
+
+
+ERROR_FRAMINGS = {
+    "data": sse,
+    "data of several lines": lambda sent: in_lines(sent, "data: "),
+    "event: error": lambda sent: b"event: error\n" + sse(sent),
+    "a line": lambda sent: json.dumps(sent).encode() + b"\n\n",
+    "a line, no blank one": lambda sent: json.dumps(sent).encode() + b"\n",
+    "lines": in_lines,
+}
+
+
+@examples(2)
+@given(
+    st.data(),
+    st.sampled_from([sent for sent, _ in ERROR_OBJECTS.values()]),
+    st.sampled_from([*ERROR_FRAMINGS]),
+    st.sampled_from(GOOD_STREAMS),
+    st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_an_error_anywhere_in_a_good_stream_is_told(
+    data, sent, framing, events, line_end
+):
+    """[DONE] or what else follows never makes the answer whole."""
+    at = data.draw(st.integers(0, len(events) - 1))  # [DONE] is the last
+    before, rest = events[:at], events[at:]
+    if data.draw(st.booleans()):
+        rest = []
+    stream = b"".join([*before, ERROR_FRAMINGS[framing](sent), *rest])
+    stream = stream.replace(b"\n", line_end)
+    answer = chunks_in(*data.draw(cuttings(st.just(stream))))
+    assert type(answer.error) is APIError
+    assert TOLD in answer.error.message
+    assert answer.text == answer.error.completion.text == chunks_in(*before).text
+
+
+@error_objects
+def test_what_is_on_an_error_of_any_shape(sent, code):
+    """As an event, on a line of its own, as the whole body."""
+    data = json.dumps(sent).encode()
+    for parts in (
+        [*BEGUN, sse(sent), DONE],
+        [*BEGUN, data],
+        [data],
+        [data, b"\n", DONE],
+    ):
+        error = chunks_in(*parts).error
+        assert type(error) is APIError
+        assert error.message == TOLD
+        assert error.body == sent
+        assert code is ... or error.code == code
+
+
+async def test_an_error_of_any_shape_is_told_however_asked(chat):
+    """With a status, as JSON in place of an answer, in a stream."""
+    for sent, code in ERROR_OBJECTS.values():
+        data = json.dumps(sent).encode()
+        good = [http(data, kind="application/json"), http(*BEGUN, data, b"\n\n", DONE)]
+        with serve(in_turn(refuse(400, body=data), *good)) as server:
+            refused = (await ask(chat, server.url)).error
+            whole = (await ask(chat, server.url, "generate")).error
+            cut_off = (await ask(chat, server.url)).error
+        assert [*map(type, (refused, whole, cut_off))] == [Status, APIError, APIError]
+        for error in (refused, whole, cut_off):
+            assert (error.message, error.code) == (
+                TOLD,
+                error.code if code is ... else code,
+            )
+
+
+def test_an_error_in_a_whole_answer_is_told():
+    [choice] = WHOLE["choices"]
+    for more, inner in (({"error": TOLD}, {}), ({}, {"error": {"message": TOLD}})):
+        whole = WHOLE | more | {"choices": [choice | inner]}
+        answer = chunks_in(json.dumps(whole).encode())
+        assert (type(answer.error), answer.error.message) == (APIError, TOLD)
+
+
+NO_ERROR_BESIDE_A_CHOICE = [
+    *({"error": none} for none in (None, "", [], {}, 0, False)),
+    {"code": 5, "message": "m"},
+    {"detail": "d"},
+    {"errors": ["e"]},
+    {"error_code": 7, "text": "t"},
+    {"x_groq": {"id": "r", "error": None}},
+]
+NO_CODES = (None, [], 0, "0", 200, "200", 201, "204", "ok", "OK", "success", "Success")
+NO_ERROR = [
+    *({"code": code, "message": "m"} for code in NO_CODES),
+    *({"error_code": code, "text": "t"} for code in NO_CODES),
+    *({"base_resp": {"status_code": code, "status_msg": "m"}} for code in NO_CODES),
+    *({name: none} for name in ("errors", "detail") for none in (None, [], "")),
+]
+
+
+@pytest.mark.parametrize("more", NO_ERROR_BESIDE_A_CHOICE + NO_ERROR, ids=json.dumps)
+def test_what_is_no_error(more):
+    """Beside a choice; on an event of its own, if it has no choice beside it."""
+    chunks = [json.loads(event[6:]) | more for event in HELLO[:3]]
+    streams = [[*map(sse, chunks), DONE]]
+    if more in NO_ERROR:
+        streams += [[*HELLO[:at], sse(more), *HELLO[at:]] for at in range(4)]
+    for stream in streams:
+        answer = chunks_in(*stream)
+        assert (answer.error, answer.text) == (None, "Hello")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"error": None},
+        {"error": {}},
+        {"content_filter_result": FAILED_FILTER},
+        {"delta": {"content": '{"error": "x"}'}},
+        {"delta": {"content": "", "x": {"error": "x"}}},
+        {"delta": {"tool_calls": [{"function": {"arguments": {"error": "x"}}}]}},
+    ],
+    ids=json.dumps,
+)
+def test_what_is_no_error_in_a_choice(choice):
+    answer = chunks_in(sse(said(**choice)), *HELLO)
+    assert answer.error is None
+    assert answer.text.endswith("Hello")
+
+
+def page(title):
+    head = f"<!DOCTYPE html>\n<html><head><title>{title}</title></head>\n"
+    return f"{head}<body>{'<p>x</p>' * 99}</body></html>"
+
+
+TITLE = "example.com | 520: unknown error"
+MESSAGES = [  # what a server sent, and what tells most in it
+    ({"error": PROVIDER | {"metadata": {"raw": TOLD}}}, TOLD),
+    ({"error": PROVIDER | {"metadata": {"raw": INNER, "provider_name": "P"}}}, TOLD),
+    ({"error": PROVIDER | {"metadata": {"raw": ""}}}, PROVIDER["message"]),
+    ({"error": PROVIDER | {"metadata": None}}, PROVIDER["message"]),
+    ({"error": {"message": TOLD}, "message": TOLD}, TOLD),
+    ({"success": False, "error": {"code": "E", "message": TOLD}}, TOLD),
+    ({"error": {"message": page(TITLE)}}, TITLE),
+    (page(TITLE), TITLE),
+    (page("x" * 300), re.compile("x{100,199}.{0,3}")),
+]
+
+
+@pytest.mark.parametrize(("sent", "due"), MESSAGES, ids=itertools.count())
+def test_the_most_telling_text_is_the_message(sent, due):
+    text = sent if isinstance(sent, str) else json.dumps(sent)
+    with serve(refuse(520, body=text.encode())) as server:
+        error = ask_sync(server.url, max_retries=0).error
+    assert type(error) is Status
+    assert len(error.message) <= 200
+    assert re.fullmatch(re.escape(due) if isinstance(due, str) else due, error.message)
+
+
+# ---- Ends ----------------------------------------------------------------------------
+
+FAILURE_STEMS = """error fail abort cancel timeout malformed interrupt network
+unavailable overload insufficient"""
+FAILURES = """error ERROR abort aborted cancelled canceled failed network_error
+network-error connection_error timeout Timeout ERROR_LIMIT ERROR_TOXIC USER_CANCEL
+MALFORMED_FUNCTION_CALL insufficient_system_resource engine_overloaded interrupted
+service-unavailable errors"""
+LENGTHS = """length LENGTH max_tokens MAX_TOKENS max-tokens max_output_tokens
+model_context_window_exceeded context_window"""
+FILTER_ENDS = """content_filter CONTENT_FILTER content-filter SAFETY RECITATION
+sensitive blocklist BLOCKLIST PROHIBITED_CONTENT"""
+LIMIT_ENDS = dict.fromkeys(["max tokens", *LENGTHS.split()], "length")
+LIMIT_ENDS |= dict.fromkeys(["Content Filter", *FILTER_ENDS.split()], "content_filter")
+GOOD_ENDS = "stop STOP tool_calls function_call eos end_turn stop_sequence completed"
+NO_ENDS = ["", "null", "NULL", None]
+
+
+def ended_with(reason):
+    """A stream that ends so, the same with [DONE], a JSON answer that ends so."""
+    [choice] = WHOLE["choices"]
+    whole = WHOLE | {"choices": [choice | {"finish_reason": reason}]}
+    stream = [*BEGUN, event(finish=reason)]
+    bodies = (stream, [*stream, DONE], [json.dumps(whole).encode()])
+    return [chunks_in(*body) for body in bodies]
+
+
+def check_failure(reason):
+    for answer in ended_with(reason):
+        assert type(answer.error) is Truncated
+        assert reason in str(answer.error)
+        assert answer.completion.text == "Hello"
+        assert answer.completion.choices[0].finish_reason is None
+
+
+@pytest.mark.parametrize(
+    "reason", ["network error", "Request timeout", *FAILURES.split()]
+)
+def test_words_for_a_failure(reason):
+    check_failure(reason)
+
+
+AROUND = st.sampled_from(["", "x", "stop", "length", "content_filter", "max-tokens"])
+WORD_BREAKS = st.sampled_from(["", "_", "-", " "])
+
+
+@given(
+    st.sampled_from(FAILURE_STEMS.split()),
+    AROUND,
+    WORD_BREAKS,
+    AROUND,
+    st.integers(0, 2**12),
+)
+def test_a_word_that_contains_one_for_a_failure_is_one(stem, before, by, after, case):
+    """Failure words win over limits; case and what parts the words do not matter."""
+    word = f"{before}{by}{stem}{by}{after}"
+    letters = [c.upper() if case >> n % 12 & 1 else c for n, c in enumerate(word)]
+    check_failure("".join(letters))
+
+
+@pytest.mark.parametrize("reason", [*LIMIT_ENDS, *GOOD_ENDS.split()])
+def test_words_for_a_good_end_and_for_limits(reason):
+    """The word stays as it came; `limit` says what stopped the answer, if a limit."""
+    for answer in ended_with(reason):
+        assert (answer.error, answer.completion.text) == (None, "Hello")
+        assert answer.completion.choices[0].finish_reason == reason
+        assert answer.completion.limit == LIMIT_ENDS.get(reason, "")
+
+
+def test_the_limit_is_that_of_the_first_choice_with_one():
+    assert ChatCompletion().limit == ""
+    for reasons in (("stop", "length"), ("length", "stop"), ("ERROR_LIMIT", "length")):
+        sent = [{"index": n, "finish_reason": r} for n, r in enumerate(reasons)]
+        assert ChatCompletion.from_dict({"choices": sent}).limit == "length"
+    failed = {"choices": [{"finish_reason": "ERROR_MAX_TOKENS"}]}
+    assert ChatCompletion.from_dict(failed).limit == ""
+
+
+@pytest.mark.parametrize("reason", NO_ENDS)
+def test_words_that_are_no_end(reason):
+    cut_off, done, _ = ended_with(reason)
+    assert (type(cut_off.error), done.error) == (Truncated, None)
+    for answer in (cut_off, done):
+        assert answer.completion.choices[0].finish_reason is None
+    each = [event("Hel", reason), event("lo", reason), *HELLO[2:]]
+    answer = chunks_in(*each)
+    assert (answer.error, answer.text) == (None, "Hello")
+    assert answer.completion.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("reason", ["not_finished", "NOT-FINISHED", "unfinished"])
+def test_not_finished_is_no_end_while_more_comes_and_a_failure_as_the_last_word(reason):
+    each = [event("Hel", reason), event("lo", reason)]
+    for end in ([event(finish="stop")], [event(finish="stop"), DONE]):
+        answer = chunks_in(*each, *end)
+        assert (answer.error, answer.text) == (None, "Hello")
+        assert answer.completion.choices[0].finish_reason == "stop"
+    for end in ([], [DONE], [USAGE_ALONE, DONE]):
+        answer = chunks_in(*each, *end)
+        assert (type(answer.error), answer.text) == (Truncated, "Hello")
+        assert answer.completion.choices[0].finish_reason is None
+
+
+AT_0 = {"index": 0}
+REOPENING = [
+    {"content": "!"},
+    {"content": [{"type": "text", "text": "!"}]},
+    {"reasoning": "!"},
+    {"reasoning_content": "!"},
+    {"reasoning_text": "!"},
+    {"refusal": "!"},
+    {"tool_calls": [AT_0 | {"function": {"name": "f"}}]},
+    {"tool_calls": [AT_0 | {"function": {"arguments": "{"}}]},
+]
+NOT_REOPENING = [
+    {},
+    None,
+    {"content": ""},
+    {"content": None, "role": "assistant"},
+    {"content": []},
+    {"reasoning": "", "reasoning_content": None, "refusal": ""},
+    {"tool_calls": []},
+    {"tool_calls": [AT_0 | {"id": "", "function": {"name": "", "arguments": ""}}]},
+    {"tool_calls": [AT_0 | {"function": None}]},
+    SIGNED,
+    {"annotations": [{"type": "url_citation"}]},
+]
+
+
+@pytest.mark.parametrize("delta", REOPENING, ids=json.dumps)
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_a_choice_says_after_its_end_opens_it_again(delta, index):
+    """A cut after it is a cut; another finish_reason or [DONE] ends it."""
+    ended = [event("Hi", "stop", n) for n in range(index + 1)]
+    again = sse({"choices": [{"index": index, "delta": delta}]})
+    assert chunks_in(*ended).error is None
+    cut_off = chunks_in(*ended, again)
+    assert type(cut_off.error) is Truncated
+    assert cut_off.completion.choices[index].finish_reason is None
+    for end in ([event(finish="length", index=index)], [DONE]):
+        assert chunks_in(*ended, again, *end).error is None
+    ended_again = chunks_in(*ended, again, event(finish="length", index=index))
+    assert ended_again.completion.choices[index].finish_reason == "length"
+
+
+@pytest.mark.parametrize("delta", NOT_REOPENING, ids=json.dumps)
+def test_what_says_nothing_opens_no_choice_again(delta):
+    token = {"token": "t", "bytes": [116], "logprob": -1, "top_logprobs": []}
+    others = [{}, {"logprobs": {"content": [token]}}, FILTER, {"usage": TOKENS_USED}]
+    for other in others:
+        more = [said(delta, None, **other), said(delta, "", **other) | usage()]
+        for payload in (*more, {"choices": []}, usage()):
+            answer = chunks_in(*HELLO[:3], sse(payload))
+            assert answer.error is None
+            assert answer.completion.choices[0].finish_reason == "stop"
+
+
+# ---- After the last finish_reason ----------------------------------------------------
+
+
+BEATING = (PING, 0.05) * 80
+ALL_ENDED = (HEAD, HELLO[:3])
+IN_TIME, LATER = ((0.15, FILTER_ALONE) * 3, USAGE_ALONE), (0.1, PING, USAGE_ALONE)
+ENDED_AGAIN = (event("!"), (PING, 0.05) * 10, event(finish="stop"), DONE)
+BRIEF_WAIT = {"timeout": 0.4}
+WAITS = {  # what a server does, options; the tokens told, the least and most seconds
+    "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, None, 0.4, 3),
+    "silence": ((*ALL_ENDED, GONE), BRIEF_WAIT, None, 0.4, 3),
+    "usage, silence": ((*ALL_ENDED, LATER, GONE), BRIEF_WAIT, 2, 0.4, 3),
+    "each event renews it": ((*ALL_ENDED, IN_TIME, BEATING), BRIEF_WAIT, 2, 0.8, 3.5),
+    "generate": ((*ALL_ENDED, BEATING), BRIEF_WAIT | {"how": "generate"}, None, 0.4, 3),
+    "a long timeout": ((*ALL_ENDED, BEATING), {"timeout": 20}, None, 0.6, 3.5),
+    # While a choice goes on, heartbeats are waited for.
+    "opened again": ((*ALL_ENDED, ENDED_AGAIN), BRIEF_WAIT, None, 0.5, 3),
+    "one of two ended": (
+        (*ALL_ENDED, (PING, 0.05) * 10, ONE_ENDS, DONE),
+        BRIEF_WAIT | {"n": 2},
+        None,
+        0.5,
+        3,
+    ),
+}
+
+
+def wait_as(mode, steps, options):
+    """Ask in this mode; return the answer, and how long it took."""
+    with serve(play(*steps)) as server:
+        began = time.monotonic()
+        if mode == "sync":
+            answer = ask_sync(server.url, **options)
+        else:
+            asking = functools.partial(ask, ASYNC, server.url, **options)
+            answer = anyio.run(asking, backend=mode)
+        return answer, time.monotonic() - began
+
+
+def test_the_wait_after_the_last_end_is_bounded(monkeypatch):
+    """By 5 s or `timeout`, from the last event on: heartbeats are none."""
+    assert sse_chat.ENDING_TIMEOUT == 5
+    monkeypatch.setattr(sse_chat, "ENDING_TIMEOUT", 0.6)
+    needs("trio")
+    ways = [*itertools.product(WAITS, ("sync", "asyncio", "trio"))]
+    with concurrent.futures.ThreadPoolExecutor(len(ways)) as pool:
+        waiting = [pool.submit(wait_as, mode, *WAITS[name][:2]) for name, mode in ways]
+    for way, each in zip(ways, waiting, strict=True):
+        answer, seconds = each.result()
+        *_, tokens, least, most = WAITS[way[0]]
+        assert answer.error is None, way
+        assert answer.completion.text == "Hello" + "!" * (way[0] == "opened again"), way
+        usage = answer.completion.usage
+        assert (usage.total_tokens if usage else None) == tokens, way
+        assert least - 0.05 <= seconds < most, way
+
+
+# ---- Tool calls ----------------------------------------------------------------------
+
+
+def piece(index=None, id=None, name=None, arguments=None, unset=...):
+    """A piece of a call; a field that is None is left out, or set to `unset`."""
+    function = {"name": name, "arguments": arguments}
+    function = {k: unset if v is None else v for k, v in function.items()}
+    function = {k: v for k, v in function.items() if v is not ...}
+    fields = {"index": index, "id": unset if id is None else id, "function": function}
+    return {k: v for k, v in fields.items() if v is not None and v is not ...}
+
+
+def pieces_in(text, unset=...):
+    """The chunks of a stream; in each pieces joined by +: index|id|name|arguments."""
+    for chunk in text.split(" "):
+        parts = [part.split("|") for part in chunk.split("+")]
+        yield [
+            piece(int(index) if index else None, *[t or None for t in rest], unset)
+            for index, *rest in parts
+        ]
+
+
+# Row by row of the table in which a piece is joined to its call
+TOOL_CALL_ROWS = {
+    "the call of its id at its index": (
+        '0|a|f|{"x": 0|b|g|{"y": 0|a||1} 0|b||2}',
+        'a|f|{"x":1} b|g|{"y":2}',
+    ),
+    "the latest call at its index": (
+        '0|a|f|{} 0|b|g|{"y": 1|c|h|{} 0|||2}',
+        'a|f|{} b|g|{"y":2} c|h|{}',
+    ),
+    "calls in the order of their indices": ("1|b|g|{} 0|a|f|{}", "a|f|{} b|g|{}"),
+    "a negative index is none": ('-1|a|f| -1|||{"x": -1|||1}', 'a|f|{"x":1}'),
+    "a negative index after another": (
+        '0|a|f|{"x":0} 1|b|g|{"y": -1|||1 -2|||}',
+        'a|f|{"x":0} b|g|{"y":1}',
+    ),
+    "two calls at -1": (
+        '-1|a|f|{"x": -1|||1} -1|b|g|{"y": -1|||2}',
+        'a|f|{"x":1} b|g|{"y":2}',
+    ),
+    "without index the call of its id": (
+        '|a|f|{"x": |b|g|{"y": |a||1} |b||2}',
+        'a|f|{"x":1} b|g|{"y":2}',
+    ),
+    "without index and id the call at its place": (
+        '||f|{"x":+||g|{"y": |||1}+|||2}',
+        '|f|{"x":1} |g|{"y":2}',
+    ),
+    "alone in its list the latest": (
+        '0|a|f|{"x":0} 1|b|g|{"y": |||1}',
+        'a|f|{"x":0} b|g|{"y":1}',
+    ),
+    "index 7, then none": ('7|a|f|{"x": |||1}', 'a|f|{"x":1}'),
+    "a name and another id": ('0|a|f|{"x":0} 0|b|f|{"x":1}', 'a|f|{"x":0} b|f|{"x":1}'),
+    "a name and another id before the arguments are whole": (
+        '0|a|f|{"x": 0|b|g|{"y":1}',
+        'a|f|{"x": b|g|{"y":1}',
+    ),
+    "a name and no id after a whole object": (
+        '0||f|{"x":0} 0||g|{"y":1} 0||g|{"y":2}',
+        '|f|{"x":0} |g|{"y":1} |g|{"y":2}',
+    ),
+    "a name and no id before the object is whole": ('0||f|{"x": 0||f|1}', '|f|{"x":1}'),
+    "a name, no id, cumulative": ('0||f|{"x" 0||f|{"x":1}', '|f|{"x":1}'),
+    "another id in each piece": ('0|1|f| 0|2||{"x": 0|3||1}', '1|f|{"x":1}'),
+    "another id in each piece without index": ('|1|f|{"x": |2||1}', '1|f|{"x":1}'),
+    "another id for each of two": (
+        '0|1|f|{"x": 1|2|g|{"y": 0|3||1} 1|4||2}',
+        '1|f|{"x":1} 2|g|{"y":2}',
+    ),
+    "a name in pieces": ('0|a|get_ 0||wea| 0||ther|{"x":1}', 'a|get_weather|{"x":1}'),
+    "a name in each piece": ('0|a|f|{"x": 0|a|f|1 0|a|f|}', 'a|f|{"x":1}'),
+    "a name late": ('0|a|| 0|a|f|{"x": 0|||1}', 'a|f|{"x":1}'),
+    "an id late": ('0||f|{"x": 0|a||1}', 'a|f|{"x":1}'),
+    "cumulative arguments": ('0|a|f| 0|||{ 0|||{"x": 0|||{"x":1}', 'a|f|{"x":1}'),
+    "cumulative from the first piece": ('0|a|f|{"x" 0|||{"x":1}', 'a|f|{"x":1}'),
+    "again whole at the end": ('0|a|f|{"x": 0|||1} 0|||{"x":1}', 'a|f|{"x":1}'),
+    "a leading {}": ('0|a|f|{} 0|||{"x": 0|||1}', 'a|f|{"x":1}'),
+    "{} alone": ("0|a|f|{}", "a|f|{}"),
+    "{} twice": ("0|a|f|{} 0|||{}", "a|f|{}"),
+    "nothing at all": ("0|a|f|", "a|f|{}"),
+    "no object stays as joined": ('0|a|f|{"x": 0|||oops', 'a|f|{"x":oops'),
+    "an object that looks cumulative": (
+        '0|a|f|{"x": 0|||{"x":1}}',
+        'a|f|{"x":{"x":1}}',
+    ),
+}
+
+
+def joined(chunks, finish):
+    made = [chunk_of({"tool_calls": pieces}) for pieces in chunks]
+    if finish:
+        made.append(chunk_of({}, finish_reason=finish))
+    return accumulate(made)
+
+
+def shown(completion):
+    calls = completion.choices[0].message.tool_calls
+    return " ".join(f"{c.id}|{c.function.name}|{c.function.arguments}" for c in calls)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "calls"), TOOL_CALL_ROWS.values(), ids=TOOL_CALL_ROWS
+)
+def test_the_call_a_piece_belongs_to(chunks, calls):
+    """Whether what a piece lacks is missing, null or empty."""
+    for unset, finish in itertools.product((..., None, ""), ("tool_calls", "STOP")):
+        assert shown(joined(pieces_in(chunks, unset), finish)) == calls
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    ['0|a|f|{"x" 0|||{"x":1', '0|a|f|{} 0|||{"x"', "0|a|f|", "0|a|f|{} 0|||{}"],
+)
+@pytest.mark.parametrize("finish", [None, "", "length", "MAX_TOKENS"])
+def test_arguments_stay_as_joined_while_they_stream_and_after_a_limit(chunks, finish):
+    [[call], *rest] = [*pieces_in(chunks)]
+    pieces = [call, *itertools.chain(*rest)]
+    texts = [piece["function"].get("arguments", "") for piece in pieces]
+    assert shown(joined(pieces_in(chunks), finish)) == f"a|f|{''.join(texts)}"
+
+
+def test_from_dict_changes_no_arguments():
+    for arguments in ("", '{}{"x":1}', '{"x"{"x":1}'):
+        call = {"id": "a", "function": {"name": "f", "arguments": arguments}}
+        sent = {
+            "choices": [{"message": {"tool_calls": [call]}, "finish_reason": "stop"}]
+        }
+        assert shown(ChatCompletion.from_dict(sent)) == f"a|f|{arguments}"
+
+
+def test_the_input_of_a_custom_tool_is_joined():
+    call = {"index": 0, "id": "a", "type": "custom"}
+    sent = [call | {"custom": {"name": "run", "input": ""}}]
+    sent += [{"index": 0, "custom": {"input": text}} for text in ("echo ", "hi")]
+    message = joined([[piece] for piece in sent], "tool_calls").choices[0].message
+    assert message.to_dict()["tool_calls"] == [
+        {"id": "a", "type": "custom", "custom": {"name": "run", "input": "echo hi"}}
+    ]
+
+
+def opened(index, call, *, id=True):
+    return piece(index, call.id if id else None, call.name)
+
+
+def cumulative(pieces):
+    return itertools.accumulate(pieces)
+
+
+# How servers send a call, the nth: all pieces of it. Those of the first table may come
+# in turns with those of other calls, those of the second one call after another.
+IN_TURNS = {
+    "index": lambda c, n: [opened(n, c), *(piece(n, arguments=p) for p in c.pieces)],
+    "index and id": lambda c, n: [
+        opened(n, c),
+        *(piece(n, c.id, arguments=p) for p in c.pieces),
+    ],
+    "id": lambda c, n: [
+        opened(None, c),
+        *(piece(None, c.id, arguments=p) for p in c.pieces),
+    ],
+    "id at index 0": lambda c, n: [
+        opened(0, c),
+        *(piece(0, c.id, arguments=p) for p in c.pieces),
+    ],
+    "another id in each piece": lambda c, n: [
+        opened(n, c),
+        *(piece(n, f"{c.id}.{m}", "", p) for m, p in enumerate(c.pieces)),
+    ],
+    "name in each piece": lambda c, n: [piece(n, c.id, c.name, p) for p in c.pieces],
+    "name in pieces": lambda c, n: [
+        piece(n, c.id, c.name[:1]),
+        piece(n, None, c.name[1:]),
+        *(piece(n, arguments=p) for p in c.pieces),
+    ],
+    "cumulative": lambda c, n: [
+        opened(n, c),
+        *(piece(n, arguments=p) for p in cumulative(c.pieces)),
+    ],
+    "cumulative with the name": lambda c, n: [
+        piece(n, c.id, c.name, p) for p in cumulative(c.pieces)
+    ],
+    "whole again": lambda c, n: [
+        opened(n, c),
+        *(piece(n, arguments=p) for p in [*c.pieces, c.arguments]),
+    ],
+    "{} first": lambda c, n: [
+        piece(n, c.id, c.name, "{}"),
+        *(piece(n, arguments=p) for p in c.pieces),
+    ],
+    "an object": lambda c, n: [piece(n, c.id, c.name, json.loads(c.arguments))],
+}
+ONE_BY_ONE = {
+    "nothing after the first": lambda c, n: [
+        opened(None, c),
+        *(piece(arguments=p) for p in c.pieces),
+    ],
+    "index 0": lambda c, n: [opened(0, c), *(piece(0, arguments=p) for p in c.pieces)],
+    "index -1": lambda c, n: [
+        opened(-1, c),
+        *(piece(-1, arguments=p) for p in c.pieces),
+    ],
+    "index 7, then none": lambda c, n: [
+        opened(7 + n, c),
+        *(piece(arguments=p) for p in c.pieces),
+    ],
+    "name and no id in each piece": lambda c, n: [
+        piece(n, None, c.name, p) for p in filter(None, c.pieces)
+    ],
+    "whole at index 0 without id": lambda c, n: [piece(0, None, c.name, c.arguments)],
+    "whole without index and id": lambda c, n: [piece(None, None, c.name, c.arguments)],
+}
+IN_ORDER = {"id", "id at index 0"}  # of the first pieces, whatever index there is
+
+
+@st.composite
+def cut_calls(draw):
+    """One to three calls, whose arguments are in pieces."""
+    values = st.sampled_from([1, "", "x", "{}", '"', {"a": [{}]}, "\U0001f642"])
+    made = []
+    for number in range(draw(st.integers(1, 3))):
+        more = draw(st.dictionaries(st.sampled_from(["a", "b{", '"']), values))
+        arguments = json.dumps({"n": number} | more, ensure_ascii=draw(st.booleans()))
+        places = st.sets(st.integers(0, len(arguments)), max_size=4)
+        name = draw(st.sampled_from(["get_weather", "read", "write_file"]))
+        call = SimpleNamespace(id=f"call-{number}", name=name, arguments=arguments)
+        call.pieces = cut(arguments, draw(places))
+        made.append(call)
+    return made
+
+
+@examples(2)
+@given(
+    cut_calls(),
+    st.sampled_from([*IN_TURNS, *ONE_BY_ONE]),
+    st.randoms(use_true_random=False),
+    st.sampled_from(["tool_calls", "stop"]),
+    st.booleans(),
+)
+def test_a_call_is_the_same_however_cut_and_framed(calls, framing, by, finish, nulls):
+    frame = (IN_TURNS | ONE_BY_ONE)[framing]
+    queues = [[*frame(call, number)] for number, call in enumerate(calls)]
+    pieces = [*itertools.chain(*queues)]
+    if framing in IN_TURNS:
+        pieces = shuffled(queues, by)
+    if nulls:
+        pieces = [dict.fromkeys(("index", "id", "type")) | each for each in pieces]
+    got = joined([[each] for each in pieces], finish)
+    assert sorted(calls_of(got), key=repr) == sorted(
+        [(call.name, json.loads(call.arguments)) for call in calls], key=repr
+    )
+    if framing != "an object":
+        made = [call.function.arguments for call in got.choices[0].message.tool_calls]
+        assert sorted(made) == sorted(call.arguments for call in calls)
+    if framing not in IN_ORDER:
+        made = [n["n"] for _, n in calls_of(got)]
+        assert made == sorted(made)
+    if "no id" not in framing and "without" not in framing:
+        ids = {call.id for call in got.choices[0].message.tool_calls}
+        assert ids == {call.id for call in calls}
+
+
+@given(cut_calls(), st.booleans())
+def test_calls_in_one_list_are_told_by_their_places(calls, with_index):
+    longest = max(len(call.pieces) for call in calls)
+    chunks = [[opened(n if with_index else None, c) for n, c in enumerate(calls)]]
+    for at in range(longest):
+        texts = [[*call.pieces, *[""] * longest][at] for call in calls]
+        numbered = [(n if with_index else None, text) for n, text in enumerate(texts)]
+        chunks.append([piece(n, arguments=text) for n, text in numbered])
+    due = [(call.name, json.loads(call.arguments)) for call in calls]
+    assert calls_of(joined(chunks, "tool_calls")) == due
+
+
+# ---- Messages go back as they came ---------------------------------------------------
+
+REASONING = ["reasoning_content", "reasoning", "reasoning_text"]
+CITED = {"type": "url_citation", "url_citation": {"url": "u", "title": "t"}}
+LOGGED_TOKEN = {
+    "token": "t",
+    "bytes": [116],
+    "logprob": -1.5,
+    "top_logprobs": [],
+    "x": 1,
+}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [ONE_CALL]}
+DETAILS = [DETAIL | {"text": "Hm", "signature": "Et8B"}]
+DETAILS += [{"type": "reasoning.encrypted", "index": 1, "data": "QUJD", "id": "r-1"}]
+DETAILS.append(DETAIL | {"index": 2, "text": "so"})
+
+
+def whole(message, finish="stop", **more):
+    """An answer in one piece; `choice` adds to its choice."""
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    choice |= more.pop("choice", {})
+    return WHOLE | {"choices": [choice], "usage": TOKENS_USED} | more
+
+
+WHOLE_ANSWERS = {
+    "OpenAI": whole(
+        {"role": "assistant", "content": "Hello", "refusal": None, "annotations": []},
+        choice={"logprobs": {"content": [LOGGED_TOKEN], "refusal": None}},
+        service_tier="default",
+        system_fingerprint=None,
+        usage=TOKENS_USED | {"prompt_tokens_details": {"cached_tokens": 0, "x": 1}},
+    ),
+    "OpenAI, calls": whole(CALLING | {"refusal": None}, "tool_calls"),
+    "OpenAI, custom tool": whole(
+        {"role": "assistant", "content": None}
+        | {"tool_calls": [{"id": "a", "type": "custom", "custom": {"input": "i"}}]},
+        "tool_calls",
+    ),
+    "OpenAI, audio": whole(
+        {"role": "assistant", "content": None, "refusal": None}
+        | {"audio": {"id": "a", "data": "AAAA", "transcript": "t", "expires_at": 9}}
+    ),
+    "Azure": whole(
+        {"role": "assistant", "content": "Hello"},
+        choice=FILTER,
+        prompt_filter_results=[{"prompt_index": 0} | FILTER],
+    ),
+    "Ollama": whole({"role": "assistant", "content": "Hello", "reasoning": "Hm"}),
+    "vLLM": whole(
+        {"role": "assistant", "content": "Hello", "reasoning": None, "tool_calls": []},
+        choice={"stop_reason": None, "token_ids": None, "logprobs": None},
+        kv_transfer_params=None,
+        prompt_logprobs=None,
+    ),
+    "llama.cpp": whole(
+        {"role": "assistant", "content": "Hello", "reasoning_content": "Hm"}, **TIMINGS
+    ),
+    "OpenRouter": whole(
+        {"role": "assistant", "content": "Hello", "refusal": None}
+        | {"reasoning": "Hm", "reasoning_details": DETAILS},
+        choice={"native_finish_reason": "end_turn", "logprobs": None},
+        provider="P",
+        usage=TOKENS_USED | {"cost": 0.1, "cost_details": {"upstream": None}},
+    ),
+    "Gemini": whole(
+        {"role": "assistant", "tool_calls": [ONE_CALL | SIGNED]}, "tool_calls"
+    ),
+    "Gemini, filtered": WHOLE
+    | {"choices": [{"index": 0, "finish_reason": "content_filter", "message": None}]},
+    "Gemini, no message": WHOLE | {"choices": [{"index": 0, "finishReason": "SAFETY"}]},
+    "Mistral": whole(
+        {
+            "role": "assistant",
+            "content": [*THINKING_PARTS, {"type": "text", "text": "Hello"}],
+        }
+        | {"tool_calls": None, "prefix": False}
+    ),
+    "DeepSeek": whole(
+        {"role": "assistant", "content": "Hello", "reasoning_content": ""},
+        usage=TOKENS_USED | {"prompt_cache_hit_tokens": 0},
+    ),
+    "Groq": whole({"role": "assistant", "content": "Hello"}, x_groq={"id": "r"}),
+    "Kimi": whole(
+        {"role": "assistant", "content": "Hello"}, choice={"usage": TOKENS_USED}
+    ),
+    "Copilot": whole(
+        {"content": "Hello", "reasoning_text": "Hm", "reasoning_opaque": "c2ln"}
+    ),
+    "StepFun": whole(
+        {"content": "Hello", "reasoning": "Hm", "reasoning_content": "Hm"}
+    ),
+    "MiniMax": whole(
+        {"role": "assistant", "name": "M", "audio_content": "", "content": "Hello"},
+        base_resp={"status_code": 0, "status_msg": ""},
+        input_sensitive=False,
+    ),
+    "Perplexity": whole(
+        {"role": "assistant", "content": "Hello"},
+        choice={"delta": {"role": "assistant", "content": ""}},
+        citations=["u"],
+        search_results=[{"title": "t", "url": "u", "date": None}],
+    ),
+    "SGLang": whole({"content": "Hello"}, "", choice={"matched_stop": 2}),
+    "odd": {
+        "id": None,
+        "choices": [{"finish_reason": "null"}, {"index": None}],
+        "x": 1,
+    },
+}
+RECORDED = [(ChatCompletion, answer) for answer in WHOLE_ANSWERS.values()]
+RECORDED += [
+    (ChatCompletionChunk, json.loads(event[6:]))
+    for events in HEALTHY.values()
+    for event in events
+    if event.startswith(b"data: {")
+]
+
+
+def test_what_servers_sent_goes_back_as_it_came():
+    for kind, sent in RECORDED:
+        before = copy.deepcopy(sent)
+        made = kind.from_dict(sent)
+        assert made.to_dict() == sent == before
+        assert kind.from_dict(made.to_dict()) == made
+        for choice, given_choice in zip(made.choices, sent["choices"], strict=True):
+            assert choice.to_dict() == given_choice
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE_ANSWERS if name != "odd"])
+def test_answers_of_healthy_servers_in_one_piece_are_whole(name):
+    sent = WHOLE_ANSWERS[name]
+    answer = chunks_in(json.dumps(sent).encode())
+    assert answer.error is None
+    assert answer.text == ChatCompletion.from_dict(sent).text
+    assert answer.text == ("Hello" if "Hello" in json.dumps(sent) else "")
+
+
+UNKNOWN = [1, 0.5, "s", "", False, None, [], {}, {"a": [None, {"b": {}}]}, [[1], {}]]
+
+
+def varied(value, by):
+    """The same with less in it, with nulls and unknown fields anywhere."""
+    if isinstance(value, list):
+        return [varied(item, by) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: varied(v, by) for k, v in value.items() if by.randint(0, 5)}
+    kept = {k: v if by.randint(0, 7) else None for k, v in kept.items()}
+    unknown = {f"x_{n}": by.choice(UNKNOWN) for n in range(by.randint(0, 2))}
+    return kept | unknown
+
+
+@examples(3)
+@given(st.sampled_from(RECORDED), st.randoms(use_true_random=False))
+def test_to_dict_gives_back_what_from_dict_took(recorded, by):
+    kind, sent = recorded
+    sent = {"id": "c"} | varied(sent, by)
+    assert kind.from_dict(copy.deepcopy(sent)).to_dict() == sent
+
+
+def test_what_is_no_text_goes_back_as_the_text_that_it_must_be():
+    """Arguments as an object; halves of characters, which cannot be encoded."""
+    function = {"name": "f", "arguments": {"x": "\ud83d"}}
+    sent = whole({"content": "a\ud83d", "tool_calls": [{"function": function}]})
+    [choice] = json.loads(json.dumps(ChatCompletion.from_dict(sent).to_dict()))[
+        "choices"
+    ]
+    [call] = choice["message"]["tool_calls"]
+    assert choice["message"]["content"] == "a\ufffd"
+    assert json.loads(call["function"]["arguments"]).keys() == {"x"}
+
+
+CHANGES = {  # of an attribute, by code; where it shows, and what
+    "choices[0].message.content = 'new'": ("content", "new"),
+    "choices[0].message.refusal = 'new'": ("refusal", "new"),
+    "choices[0].message.reasoning_content = 'new'": ("reasoning", "new"),
+    "choices[0].message.tool_calls[0].function.arguments = '{}'": (
+        "tool_calls",
+        [ONE_CALL | SIGNED | {"function": {"name": "f", "arguments": "{}"}}],
+    ),
+    "choices[0].message.tool_calls.pop()": ("tool_calls", []),
+    "choices[0].message.tool_calls = None": ("tool_calls", None),
+    "choices[0].message.extra = {'x': 2}": ("x", 2),
+}
+
+
+@pytest.mark.parametrize(("change", "due"), CHANGES.items(), ids=CHANGES)
+def test_an_attribute_that_was_changed_wins(change, due):
+    """All else stays as it came; an attribute of None may be null or left out."""
+    message = {"role": "assistant", "content": None, "reasoning": "Hm", "x": 1}
+    sent = whole(message | {"tool_calls": [ONE_CALL | SIGNED]}, "stop", x={"y": None})
+    made, before = ChatCompletion.from_dict(sent), copy.deepcopy(sent)
+    exec(f"made.{change}", {"made": made})
+    name, value = due
+    changed = made.to_dict()
+    got = changed["choices"][0]["message"]
+    assert made.choices[0].message.to_dict() == got
+    assert (got.pop(name, None) or None) == (value or None)
+    before["choices"][0]["message"].pop(name, None)
+    assert changed == before
+
+
+def test_changes_beside_the_message_win_too():
+    sent = whole({"content": "Hello"}, "stop", usage=TOKENS_USED | {"cost": 1})
+    made = ChatCompletion.from_dict(sent)
+    made.model, made.usage.total_tokens = "other", 9
+    made.choices[0].finish_reason = "length"
+    got, due = made.to_dict(), copy.deepcopy(sent)
+    due |= {"model": "other", "usage": sent["usage"] | {"total_tokens": 9}}
+    due["choices"][0]["finish_reason"] = "length"
+    assert got == due
+
+
+def test_what_was_made_by_hand_has_what_is_set():
+    made = sse_chat.ChatCompletionMessage(content="Hello", reasoning_content="Hm")
+    due = {"role": "assistant", "content": "Hello", "reasoning_content": "Hm"}
+    assert without(made.to_dict()) == due
+
+
+def test_unknown_fields_are_in_extra():
+    """Of choices, usage and the top level: of chunks, and of streamed answers, too."""
+    more = {"native_finish_reason": "x", "stop_reason": 7} | FILTER
+    sent = said({"content": "Hello"}, "stop", **more)
+    sent |= {"usage": TOKENS_USED | {"cost": 0.1}, "citations": ["u"]} | TIMINGS
+    answer = whole({"content": "Hello"}, choice=more, citations=["u"], **TIMINGS)
+    answer["usage"] = sent["usage"]
+    chunk = ChatCompletionChunk.from_dict(sent)
+    for made in (chunk, accumulate([chunk]), ChatCompletion.from_dict(answer)):
+        assert made.extra == {"citations": ["u"]} | TIMINGS
+        assert made.choices[0].extra == more
+        assert made.usage.extra == {"cost": 0.1}
+        got = made.to_dict()
+        assert (got["citations"], got["usage"]["cost"]) == (["u"], 0.1)
+        assert more.items() <= got["choices"][0].items()
+
+
+@pytest.mark.parametrize("names", [*REASONING, REASONING[:2]], ids=str)
+def test_reasoning_goes_back_under_the_name_that_the_server_has_for_it(names):
+    names = [names] if isinstance(names, str) else names
+    chunks = [chunk_of(dict.fromkeys(names, text)) for text in "Hm"]
+    message = {"role": "assistant", "content": "Hi"} | dict.fromkeys(names, "Hm")
+    whole_one = ChatCompletion.from_dict({"choices": [{"message": message}]})
+    streamed = accumulate([*chunks, chunk_of({"content": "Hi"})])
+    for made in (whole_one, streamed):
+        assert made.reasoning == made.choices[0].message.reasoning_content == "Hm"
+        assert made.choices[0].message.to_dict() == message
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"reasoning_details": [{"type": "reasoning.text", "text": "Hm"}]},
+        {"reasoning_details": [{"type": "reasoning.summary", "summary": "Hm"}]},
+        {"content": THINKING_PARTS},
+        {"content": SUMMARY},
+        {"reasoning": "Hm", "reasoning_details": [{"text": "Hm"}]},
+        {"reasoning": "Hm", "reasoning_content": "Hm"},
+    ],
+    ids=json.dumps,
+)
+def test_reasoning_in_parts_is_shown_once(parts):
+    chunk = chunk_of(parts)
+    message = ChatCompletion.from_dict({"choices": [{"message": parts}]})
+    for made in (chunk, message, accumulate([chunk])):
+        assert (made.reasoning, made.text) == ("Hm", "")
+
+
+WHOLE_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
+SOME = st.text("abc{}\U0001f642", min_size=1, max_size=9)
+MESSAGES_SENT = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": st.none() | SOME},
+    optional={
+        "refusal": SOME,
+        "reasoning": SOME,
+        "reasoning_content": SOME,
+        "reasoning_text": SOME,
+        "reasoning_opaque": st.just("c2ln"),
+        "reasoning_details": st.lists(
+            st.sampled_from(DETAILS), min_size=1, max_size=3, unique_by=id
+        ),
+        "audio": st.fixed_dictionaries(
+            {"id": st.just("a"), "data": SOME},
+            optional={"transcript": SOME, "expires_at": st.just(9)},
+        ),
+        "function_call": st.just({"name": "f", "arguments": '{"x": 1}'}),
+        "tool_calls": st.lists(
+            st.sampled_from([ONE_CALL, ONE_CALL | SIGNED]).map(dict),
+            min_size=1,
+            max_size=2,
+        ),
+        "annotations": st.just([CITED]),
+        "x_object": st.just({"a": {"b": "c"}, "d": [1, {"e": 2}]}),
+        "x_text": st.just("unknown"),
+    },
+)
+GROWING = {"content", "refusal", *REASONING, "text", "summary", "thinking", "data"}
+GROWING |= {"transcript", "arguments", "input"}
+SIGNATURES = {"signature", "thought_signature"}
+
+
+def deltas_of(value, by, name=""):
+    """Cut a part of a message as servers do: a list of what adds up to it."""
+    if name in GROWING:
+        return cut(value, {by.randint(0, len(value)) for _ in "12"})
+    if name in SIGNATURES:  # in pieces, or again and again
+        return [value] * 2 if by.randint(0, 1) else [value[:2], value[2:]]
+    if name in ("tool_calls", "reasoning_details"):
+        numbered = [(item.get("index", n), item) for n, item in enumerate(value)]
+        keep = {"tool_calls": (), "reasoning_details": ("type", "index")}[name]
+        pieces = [
+            {"index": n} | {k: item[k] for k in keep} | part
+            for n, item in numbered
+            for part in deltas_of(item, by)
+        ]
+        return [[piece] for piece in pieces]
+    if isinstance(value, dict) and not name.startswith("x_"):
+        pieces = [(k, deltas_of(v, by, k)) for k, v in value.items()]
+        return [{k: part} for k, parts in pieces for part in parts]
+    return [value]
+
+
+@given(MESSAGES_SENT.map(copy.deepcopy), st.randoms(use_true_random=False))
+def test_a_streamed_message_equals_the_one_sent_at_once(message, by):
+    """Nulls add nothing, wherever they come."""
+    for number, call in enumerate(message.get("tool_calls", ())):
+        call["id"] = f"c-{number}"
+    sent = [k for k in message if message[k] is not None]
+    queues = [
+        [{name: part} for part in deltas_of(message[name], by, name)] for name in sent
+    ]
+    deltas = shuffled(queues, by)
+    for delta in deltas:
+        nulls = sorted(message.keys() - delta.keys())
+        delta |= dict.fromkeys(by.sample(nulls, min(len(nulls), by.randint(0, 2))))
+    ended = [*map(chunk_of, deltas), chunk_of({}, finish_reason="stop")]
+    got = accumulate(ended).choices[0].message
+    assert got.to_dict() == message
+    assert ChatCompletion.from_dict(whole(message)).choices[0].message == got
+
+
+def test_details_of_one_index_are_joined_by_their_type():
+    """A signature that comes last, in pieces or again, stays valid."""
+    text, data = DETAIL | {"index": 0}, {"type": "reasoning.encrypted", "index": 0}
+    sent = [
+        [text | {"text": "Let"}, data | {"data": "AA"}],
+        [text | {"text": " me."}],
+        [text | {"signature": "Et"}, data | {"data": "BB"}],
+        [text | {"signature": "8B"}],
+        [text | {"text": "", "signature": "Et8B"}],
+    ]
+    chunks = [chunk_of({"reasoning_details": details}) for details in sent]
+    message = accumulate(chunks).choices[0].message
+    assert message.to_dict()["reasoning_details"] == [
+        text | {"text": "Let me.", "signature": "Et8B"},
+        data | {"data": "AABB"},
+    ]
+    assert message.reasoning_content == "Let me."
+
+
+@pytest.mark.parametrize("name", ["OpenAI", "Azure", "Ollama", "vLLM", "llama.cpp"])
+def test_a_streamed_answer_equals_the_one_sent_at_once(name):
+    """With what is beside its messages; nulls apart."""
+    answer = WHOLE_ANSWERS[name]
+    [choice] = answer["choices"]
+    beside = {k: v for k, v in answer.items() if k not in ("choices", "usage")}
+    beside["object"] = "chat.completion.chunk"
+    more = {k: v for k, v in choice.items() if k not in ("message", "finish_reason")}
+    message = {k: v for k, v in choice["message"].items() if v != []}
+    sent = [
+        {"index": 0, "delta": {k: v}, "finish_reason": None} for k, v in message.items()
+    ]
+    sent.append(more | {"delta": {}, "finish_reason": choice["finish_reason"]})
+    sent = [beside | {"choices": [each]} for each in sent]
+    sent.append(beside | {"choices": [], "usage": answer["usage"]})
+    got = accumulate(map(ChatCompletionChunk.from_dict, sent)).to_dict()
+    due = copy.deepcopy(answer)
+    due["choices"][0]["message"] = message
+    assert without(got) == without(due)
+
+
+async def test_a_message_goes_back_in_the_next_request(chat):
+    """What stands there is what the server sent, also where it was streamed."""
+    message = CALLING | {"reasoning": "Hm", "reasoning_details": DETAILS, "x": {"y": 1}}
+    message |= {"tool_calls": [ONE_CALL | SIGNED]}
+    delta = message | {"tool_calls": [{"index": 0} | ONE_CALL | SIGNED]}
+    streamed = http(event(**delta), event(finish="tool_calls"), DONE)
+    json_answer = http(json.dumps(whole(message)).encode(), kind="application/json")
+    for how, first in (("stream", streamed), ("generate", json_answer)):
+        with serve(in_turn(first, http(*HELLO))) as server:
+            answer = await ask(chat, server.url, how)
+            turns = [answer.completion.choices[0].message]
+            await ask(chat, server.url, messages=turns)
+            assert json.loads(server.bodies[-1])["messages"] == [message]
+
+
+# ---- Odd events in streams that are whole --------------------------------------------
+
+EMPTY_EVENTS = [b"data: null\n\n", b"data: {}\n\n", b"data:\n\n", b"data:  \t \n\n"]
+EMPTY_EVENTS += [b"data: : OPENROUTER PROCESSING\n\n", b"event: ping\ndata: {}\n\n"]
+NO_CHOICE = [sse({"choices": none}) for none in (None, [], [None])]
+HARMLESS = [*EMPTY_EVENTS, *NO_CHOICE, sse(said({"tool_calls": [None]}))]
+HARMLESS += [sse(said({"tool_calls": [{"index": n}]})) for n in (None, "x", 0.5, True)]
+
+
+@pytest.mark.parametrize("odd", HARMLESS, ids=lambda odd: odd.decode().strip())
+def test_odd_events_harm_no_answer(odd):
+    for at in range(len(HELLO)):
+        answer = chunks_in(*HELLO[:at], odd, *HELLO[at:])
+        assert (answer.error, answer.text) == (None, "Hello")
+        assert answer.completion.choices[0].finish_reason == "stop"
+        if odd in EMPTY_EVENTS:
+            assert len(answer.chunks) == 3
+    cut_off = chunks_in(odd, *BEGUN, odd)
+    assert (type(cut_off.error), cut_off.text) == (Truncated, "Hello")
+    if odd in EMPTY_EVENTS + NO_CHOICE:
+        assert type(chunks_in(odd, DONE).error) is Invalid
+
+
+def test_what_cannot_be_placed_is_in_raw():
+    sent = {"choices": [None, 5, {"delta": {"content": "a", "tool_calls": [None, 1]}}]}
+    chunk = ChatCompletionChunk.from_dict(sent)
+    assert (chunk.text, chunk.raw) == ("a", sent)
+    assert accumulate([chunk]).text == "a"
+
+
+DONE_AS_SENT = [b"data:  [DONE]\n\n", b"data: [DONE] \n\n", b"data:\t[DONE]\n\n"]
+DONE_AS_SENT += [b"[DONE]\n\n", b"[DONE]\n", b"[DONE]", b" [DONE]\n\n", b"data: [DONE]"]
+
+
+@pytest.mark.parametrize("done", DONE_AS_SENT, ids=repr)
+def test_done_may_have_space_around_it_or_no_framing(done):
+    answer = chunks_in(*BEGUN, done)
+    assert (answer.error, answer.text) == (None, "Hello")
+    ended = chunks_in(*HELLO[:3], done)
+    assert (ended.error, len(ended.chunks)) == (None, 3)
+
+
+def test_lines_of_json_in_one_event_are_a_chunk_each():
+    """Where the data is no JSON as a whole: some part their events by one newline."""
+    lines = [line.rstrip() + b"\n" for line in HELLO]
+    for parts in ([*lines, b"\n"], [*lines[:3], b"\n", DONE], [HELLO[0], *lines[1:]]):
+        answer = chunks_in(*parts)
+        assert (answer.error, answer.text, len(answer.chunks)) == (None, "Hello", 3)
+    cut_off = chunks_in(*lines[:2], b"\n")
+    assert (type(cut_off.error), cut_off.text) == (Truncated, "Hello")
+    failed = chunks_in(*lines[:2], sse({"error": TOLD}), DONE)
+    assert (type(failed.error), failed.text) == (APIError, "Hello")
+    assert failed.error.message == TOLD
+    broken = chunks_in(*lines[:2], b"data: {oops\n\n")
+    assert type(broken.error) is Invalid
+
+
+@pytest.mark.parametrize(
+    "space", [b" ", b"\t", b"\n ", b"\r\n  ", b" \n\n\t"], ids=repr
+)
+def test_white_space_before_the_first_field_loses_no_event(space):
+    answer = chunks_in(space, *HELLO)
+    assert (answer.error, answer.text, len(answer.chunks)) == (None, "Hello", 3)
+
+
+def message_event(message, finish=None, **more):
+    return choices({"index": 0, "message": message, "finish_reason": finish} | more)
+
+
+@given(cuttings(WHOLE_TEXT), st.data(), st.sampled_from([{}, {"delta": None}]))
+def test_a_whole_message_after_deltas_replaces_them(pieces, data, beside):
+    """Only the rest is given out; and what the message alone has is kept."""
+    text = "".join(pieces)
+    begun = pieces[: data.draw(st.integers(0, len(pieces)))]
+    message = {"role": "assistant", "content": text, "annotations": [CITED]}
+    deltas = [event(piece) for piece in begun] or [event("", role="assistant")]
+    answer = chunks_in(*deltas, message_event(message, "stop", **beside), DONE)
+    assert answer.error is None
+    assert answer.text == answer.completion.text == text
+    assert answer.completion.choices[0].message.to_dict() == message
+
+
+def test_a_whole_message_replaces_reasoning_and_calls_too():
+    message = {"role": "assistant", "content": "", "reasoning": "Hm"}
+    message |= {"tool_calls": [ONE_CALL]}
+    deltas = [event("", reasoning="H"), event("", reasoning="m")]
+    deltas.append(event(tool_calls=[{"index": 0} | ONE_CALL]))
+    answer = chunks_in(*deltas, message_event(message, "tool_calls"), DONE)
+    assert answer.error is None
+    assert "".join(chunk.reasoning for chunk in answer.chunks) == "Hm"
+    assert answer.completion.choices[0].message.to_dict() == message
+
+
+MESSAGES_FOR_DELTAS = [  # what stands in each chunk, and the text of all
+    ([{"message": {"content": "Hello"}}], "Hello"),
+    ([{"message": {"content": text}} for text in ("Hel", "lo")], "Hello"),
+    ([{"message": {"content": text}} for text in ("a", "ab")], "aab"),
+    ([{"delta": {"content": "Hel"}}, {"message": {"content": "lo"}}], "Hello"),
+    (
+        [
+            {"delta": {"content": "Hel"}, "message": {"content": "Hel"}},
+            {"delta": {"content": "lo"}, "message": {"content": "Hello"}},
+        ],
+        "Hello",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sent", "text"), MESSAGES_FOR_DELTAS, ids=itertools.count())
+def test_other_messages_are_deltas(sent, text):
+    answer = chunks_in(*(choices(choice) for choice in sent), *HELLO[2:])
+    assert answer.error is None
+    assert answer.text == answer.completion.text == text
+
+
+def test_a_json_choice_that_ended_needs_no_message():
+    for message in ({}, {"message": None}):
+        choice = {"index": 0, "finish_reason": "content_filter"} | message
+        sent = WHOLE | {"choices": [choice]}
+        answer = chunks_in(json.dumps(sent).encode())
+        assert (answer.error, answer.text) == (None, "")
+        assert answer.completion.choices[0].finish_reason == "content_filter"
+        assert answer.completion.limit == "content_filter"
+
+
+# ---- Usage, models -------------------------------------------------------------------
+
+ZERO = dict.fromkeys(TOKENS_USED, 0)
+USAGES = [  # in each chunk; each `usage` has the same place
+    [{}, TOKENS_USED],
+    [None, TOKENS_USED],
+    [ZERO, TOKENS_USED],
+    [TOKENS_USED | {"total_tokens": 4}, TOKENS_USED],
+    [TOKENS_USED, {}],
+    [TOKENS_USED, None],
+    [{}, TOKENS_USED, {}, None],
+]
+USAGE_PLACES = {
+    "top": lambda usage: said({"content": "x"}) | {"usage": usage},
+    "choice": lambda usage: said({"content": "x"}, usage=usage),
+    "x_groq": lambda usage: said({"content": "x"}) | {"x_groq": {"usage": usage}},
+}
+
+
+@pytest.mark.parametrize("place", USAGE_PLACES.values(), ids=USAGE_PLACES)
+@pytest.mark.parametrize("usages", USAGES, ids=json.dumps)
+def test_usage_is_found_and_never_replaced_by_nothing(place, usages):
+    chunks = [ChatCompletionChunk.from_dict(place(usage)) for usage in usages]
+    got = accumulate(chunks)
+    assert got.usage.total_tokens == 5
+    assert got.to_dict()["usage"] == TOKENS_USED
+
+
+@pytest.mark.parametrize("place", USAGE_PLACES.values(), ids=USAGE_PLACES)
+@pytest.mark.parametrize("none", [None, {}], ids=["null", "empty"])
+def test_an_empty_usage_is_none(place, none):
+    chunk = ChatCompletionChunk.from_dict(place(none))
+    assert (chunk.usage, accumulate([chunk, chunk]).usage) == (None, None)
+
+
+async def test_models_as_a_bare_list(chat):
+    listed = [{"id": "b", "object": "model"}, {"id": "a"}, {"object": "model"}, None]
+    failed = json.dumps([{"error": {"message": TOLD}}]).encode()
+    one = json.dumps(listed[:1]).encode()
+    answers = [json.dumps(listed).encode(), one, failed]
+    with serve(
+        in_turn(*(http(body, kind="application/json") for body in answers))
+    ) as s:
+        assert await chat.models(base_url=s.url) == ["b", "a"]
+        assert await chat.models(base_url=s.url) == ["b"]
+        with pytest.raises(APIError, match=TOLD):
+            await chat.models(base_url=s.url)
+
+
+# ---- Halves of characters, sizes -----------------------------------------------------
+
+HALF_CHARACTERS = st.text(st.sampled_from("a\ud83d\ude42\udc00\U0001f642"), max_size=4)
+HALVES_SAID = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(("content", *REASONING), HALF_CHARACTERS)
+    | {"reasoning_details": st.lists(st.fixed_dictionaries({"text": HALF_CHARACTERS}))},
+) | st.fixed_dictionaries(
+    {"content": st.lists(st.fixed_dictionaries({"text": HALF_CHARACTERS}))}
+)
+
+
+@given(HALVES_SAID)
+def test_text_and_reasoning_can_always_be_encoded(message):
+    for kind, name in ((ChatCompletion, "message"), (ChatCompletionChunk, "delta")):
+        made = kind.from_dict({"choices": [{name: message}]})
+        (made.text + made.reasoning).encode()
+
+
+@given(st.lists(HALF_CHARACTERS))
+def test_halves_in_chunks_become_whole_again(texts):
+    halves = "".join(texts).encode("utf-16-le", "surrogatepass")
+    due = halves.decode("utf-16-le", "replace")
+    got = accumulate([chunk_of({"content": text}) for text in texts]).text
+    assert len(got) == len(due) and got.replace("\ufffd", "") == due.replace(
+        "\ufffd", ""
+    )
+
+
+@contextlib.contextmanager
+def cpu(most):
+    """At most so many seconds of CPU in this thread."""
+    began = time.thread_time()
+    yield
+    assert time.thread_time() - began < most
+
+
+def peak_of(function, *args):
+    """The most bytes that a call has in use."""
+    gc.disable()  # it takes most of the time
+    tracemalloc.start()
+    try:
+        function(*args)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+MB = 10**6
+PLACES = {  # @ stands for the list
+    "top": '{"choices": [], "x": @}',
+    "choices": '{"choices": @}',
+    "message": '{"choices": [{"message": {"content": "", "x": @}}]}',
+    "details": '{"choices": [{"delta": {"reasoning_details": @}}]}',
+    "tool calls": '{"choices": [{"delta": {"tool_calls": @}}]}',
+    "logprobs": '{"choices": [{"logprobs": {"content": @}}]}',
+    "alternatives": '{"choices": [{"logprobs": {"content": [{"top_logprobs": @}]}}]}',
+    "error": '{"error": {"message": @}}',
+}
+REPEATED = [*itertools.product(PLACES, ["{}"]), ("logprobs", '{"a":0}')]
+
+
+def repeated(value):
+    return "[" + ",".join([value] * (MB // (len(value) + 1))) + "]"
+
+
+@functools.cache
+def json_takes(value):
+    return peak_of(json.loads, repeated(value))
+
+
+@pytest.mark.parametrize(("place", "value"), REPEATED)
+def test_a_megabyte_of_small_values_takes_little(place, value):
+    """At most 40 MB more than json.loads takes."""
+    sent = PLACES[place].replace("@", repeated(value)).encode()
+    taken = peak_of(chunks_in, b"data: ", sent, b"\n\n")
+    assert taken < json_takes(value) + 40 * MB
+
+
+@pytest.mark.parametrize("place", ["logprobs", "details", "choices", "top"])
+def test_a_megabyte_of_small_values_takes_a_second(place):
+    sent = PLACES[place].replace("@", repeated("{}")).encode()
+    with cpu(1):
+        chunks_in(b"data: ", sent, b"\n\n")
+
+
+def test_no_more_objects_than_the_limit():
+    assert sse_chat.MAX_OBJECTS == 100_000
+    sent = [{}] * 100_001
+    answer = chunks_in(sse(said(logprobs={"content": sent})), *HELLO)
+    assert type(answer.error) is Invalid
+
+
+def test_the_limit_lets_a_long_answer_with_alternatives_pass():
+    """4,000 tokens with 20 alternatives each, and the bytes of them all."""
+    one = {"token": "the", "bytes": [116, 104, 101], "logprob": -1.5}
+    token = one | {"top_logprobs": [one] * 20}
+    logprobs = {"content": [token] * 4000}
+    answer = whole({"content": "Hello"}, choice={"logprobs": logprobs})
+    [chunk] = sse_chat.iter_chunks([json.dumps(answer).encode()])
+    made = chunk.choices[0].logprobs.content
+    assert (len(made), len(made[-1].top_logprobs)) == (4000, 20)
+    assert made[-1].top_logprobs[-1].bytes == [116, 104, 101]
+
+
+def test_16_mib_of_error_text_take_little():
+    """The secrets of the request are looked for in all of it."""
+    text, most = r'"abcd","\u0061\\\/","",', 16 * 2**20 - 100
+    said_so = '{"error": {"message": "m", "x": [%s ""]}}' % (text * (most // len(text)))
+    data = b"data: %s\n\n" % said_so.encode()
+    options = {"api_key": SECRET_KEY, "headers": {"x-token": SECRET_KEY[::-1]}}
+
+    def answer(request):
+        return httpx.Response(200, stream=httpx.ByteStream(data))
+
+    with cpu(3):
+        told = finished(ask_mock(SYNC, answer, **options))
+    assert (type(told.error), told.error.message) == (APIError, "m")
+
+
+# ---- Secrets -------------------------------------------------------------------------
+
+SECRET_KEY = "sk-secret/9f8e7d6c"
+
+
+def escaped(text, by):
+    """A JSON string of this text, each character escaped in one of the ways of JSON."""
+    ways = [lambda c: c, lambda c: f"\\u{ord(c):04x}", lambda c: f"\\u{ord(c):04X}"]
+    ways.append(lambda c: "\\/" if c == "/" else c)
+    return f'"{"".join(by.choice(ways)(c) for c in text)}"'.encode()
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from(["message", "x", "type"]))
+def test_a_secret_is_taken_out_however_json_escapes_it(by, name):
+    says = escaped(f"no key {SECRET_KEY} here", by)
+    data = b'data: {"error": {"message": "m", "%b": %b}}\n\n' % (name.encode(), says)
+    stream = httpx.ByteStream(b"".join(BEGUN) + data)
+
+    def answer(request):
+        return httpx.Response(200, stream=stream)
+
+    told = finished(ask_mock(SYNC, answer, api_key=SECRET_KEY))
+    assert type(told.error) is APIError
+    shown_words = everything(told.error)
+    assert (
+        SECRET_KEY not in shown_words and SECRET_KEY.replace("/", "") not in shown_words
+    )
+    assert told.error.body["error"][name] == "no key [secret] here"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "is_secret"),
+    [
+        ("api-version", False),
+        ("deployment", False),
+        ("key", True),
+        ("api-key", True),
+        ("API_KEY", True),
+        ("access_token", True),
+        ("client_secret", True),
+    ],
+)
+def test_a_query_parameter_is_a_secret_if_its_name_says_so(parameter, is_secret):
+    value = "2026-11-28-preview"
+    failed = sse({"error": {"message": f"{value} is unknown"}})
+    with serve(http(*BEGUN, failed)) as server:
+        error = ask_sync(f"{server.url}?{parameter}={value}").error
+    assert type(error) is APIError
+    assert error.message == f"{'[secret]' if is_secret else value} is unknown"
+
+
+# ---- Options that cannot be ----------------------------------------------------------
+
+WRONG_OPTIONS = [
+    {"max_retries": None},
+    {"max_retries": "2"},
+    {"max_event_bytes": "1000"},
+]
+
+
+@pytest.mark.parametrize("options", WRONG_OPTIONS, ids=repr)
+def test_options_of_a_wrong_type_raise_at_the_call(options):
+    options = options | {"base_url": "http://127.0.0.1:9/v1"}
+    wrong = pytest.raises((TypeError, ValueError), match=next(iter(options)))
+    for ask_so in (sse_chat.stream_chat, sse_chat.astream_chat, sse_chat.generate):
+        with wrong:
+            ask_so("hi", **options)
+    with wrong:
+        finished(sse_chat.agenerate("hi", **options))
+    with wrong:
+        finished(sse_chat.amodels(**options))
+    with wrong:
+        sse_chat.ChatClient(**options).stream("hi")
+
+
+# ---- openai's own accumulator --------------------------------------------------------
+
+OPENAI_DIFFERS = {  # where it is not right, and why
+    "Azure": "cannot take a choice without delta, and keeps the first id, though ''",
+    "OpenRouter+": "appends the format that each piece of a detail repeats",
+    "Gemini!": "cannot take a call without index",
+    "Gemini, another name": "does not know finishReason",
+    "Mistral+": "drops the thinking when texts follow a list of parts",
+    "DeepSeek!": "appends the id that each piece of a call repeats",
+    "Groq": "does not look for usage in x_groq",
+    "Kimi": "does not look for usage in the choice",
+    "Databricks+": "cannot join lists of parts without index",
+}
+
+
+def payloads_of(events):
+    data = [event.data for event in iter_sse(events)]
+    return [json.loads(text) for text in data if text.startswith("{")]
+
+
+def by_openai(payloads):
+    """The answer that openai's accumulator makes of them, as JSON."""
+    streaming, types = needs("openai.lib.streaming.chat"), needs("openai.types.chat")
+    state = streaming.ChatCompletionStreamState()
+    for payload in payloads:
+        state.handle_chunk(types.ChatCompletionChunk.construct(**payload))
+    return state.current_completion_snapshot.to_dict()
+
+
+def compared(answer):
+    """What both have; nulls, "" and [] are none.
+
+    openai leaves the index in a call, and appends a role that each chunk repeats.
+    """
+    [choice] = answer["choices"]
+    message = {k: v for k, v in choice["message"].items() if v not in (None, [], "")}
+    message.pop("role", None)
+    for call in message.get("tool_calls", ()):
+        call.pop("index", None)
+    kept = {k: answer.get(k) for k in ("id", "model", "created", "usage")}
+    return without(kept | {"message": message, "reason": choice.get("finish_reason")})
+
+
+@pytest.mark.filterwarnings("ignore")  # pydantic's, of odd values
+@pytest.mark.parametrize("name", HEALTHY)
+def test_accumulate_agrees_with_openai(name):
+    payloads = payloads_of(HEALTHY[name])
+    ours = accumulate(map(ChatCompletionChunk.from_dict, payloads)).to_dict()
+    try:
+        theirs = compared(by_openai(payloads))
+    except (AttributeError, RuntimeError, TypeError, IndexError):
+        theirs = None  # it cannot take the stream
+    assert (compared(ours) == theirs) == (name not in OPENAI_DIFFERS)
+
+
 # ---- Many streams; HTTP/2 and TLS ----------------------------------------------------
 
 # What a server does, and how the stream ends
@@ -3014,6 +4773,2293 @@ async def test_a_socks_proxy_without_its_package_is_one_line(chat, monkeypatch):
     assert re.fullmatch(".*socks.*", str(error))  # in one line
 
 
+@pytest.fixture
+def threads(monkeypatch):
+    """The threads that the code under test starts in the thread of the test."""
+    noted, start = [], threading.Thread.start
+
+    def note(thread):
+        if threading.current_thread() is threading.main_thread():
+            noted.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", note)
+    return noted
+
+
+# ---- Programs in processes of their own: collected garbage, forks, no threads --------
+
+MODULE_FOLDER = Path(sse_chat.__file__).parent
+
+# Errors kept in the frames of their loops, and streams dropped unfinished, while the
+# garbage collector looks at everything after another number of allocations each time:
+# so it comes inside httpcore's locks, too.
+CYCLES = """
+import gc, threading, time
+
+def one(client, number):
+    stream = client.stream(prompts[number % 4])
+    try:
+        for chunk in stream:
+            if number % 4 == 0:
+                raise KeyError(number)
+            if number % 4 == 1:
+                break
+    except Exception as error:
+        kept = error
+
+def work():
+    for number in numbers:
+        gc.set_threshold(1 + number * 37 % 700, 1, 1)
+        one(client, number)
+        done.append(number)
+
+client = sse_chat.ChatClient(base_url=url, timeout=10, max_retries=0)
+prompts = ("endless", "endless", "cut", "whole")
+numbers, done = iter(range(500)), []
+workers = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+gc.collect()
+gc.freeze()
+for worker in workers:
+    worker.start()
+end = time.monotonic() + 9
+for worker in workers:
+    worker.join(max(0, end - time.monotonic()))
+gc.set_threshold(700)
+gc.collect()
+print(len(done))
+if len(done) == 500:
+    client.close()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+# A client that has a connection when its process forks; each process counts the answers
+# to what another asked.
+FORKS = """
+def foreign(client, name):
+    wrong = 0
+    for number in range(10):
+        try:
+            wrong += client.generate(f"{name}-{number}").text != f"{name}-{number}"
+        except sse_chat.APIError:
+            wrong += 1
+    return wrong
+
+client = sse_chat.ChatClient(base_url=url, timeout=5, max_retries=0)
+wrong = foreign(client, "first")
+children = []
+for name in range(3):
+    if (child := os.fork()) == 0:
+        signal.alarm(15)
+        os._exit(foreign(client, name))
+    children.append(child)
+wrong += foreign(client, "parent")
+print(wrong, *(os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children))
+"""
+
+ASYNC_FORKS = """
+import asyncio
+
+async def foreign(client, name):
+    wrong = 0
+    for number in range(10):
+        try:
+            answer = await client.generate(f"{name}-{number}")
+            wrong += answer.text != f"{name}-{number}"
+        except sse_chat.APIError:
+            wrong += 1
+    return wrong
+
+async def main():
+    client = sse_chat.AsyncChatClient(base_url=url, timeout=5, max_retries=0)
+    print(await foreign(client, "first"), flush=True)
+    if (child := os.fork()) == 0:
+        signal.alarm(15)
+        asyncio._set_running_loop(None)
+        os._exit(asyncio.run(foreign(client, "child")))
+    print(await foreign(client, "parent"))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+asyncio.run(main())
+"""
+
+# No thread can be started: a limit is reached, or the platform has none.
+NO_THREADS = """
+import threading
+
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = refuse
+for options in ({}, {"first_token_timeout": 9}):
+    client = sse_chat.ChatClient(base_url=url, max_retries=0, **options)
+    print("".join(client.stream("whole").text()), client.generate("whole").text)
+    try:
+        client.generate("refused")
+    except sse_chat.APIStatusError as error:
+        print(error.status_code, error.message)
+    for chunk in client.stream("endless"):
+        print(chunk.text)
+        break
+    client.close()
+"""
+
+# A stream that nobody closes neither holds up the end of the program nor says a word.
+LEFT_OPEN = """
+stream = sse_chat.stream_chat("endless", base_url=url, first_token_timeout=99)
+cycle = [stream]
+cycle.append(cycle)
+print(next(stream).text)
+"""
+
+HELLO_TWICE = "Hello Hello\n401 boom\nx\n"
+PROGRAMS = {  # and what they print
+    "cycles": (CYCLES, "500\n"),
+    "forks": (FORKS, "0 0 0 0\n"),
+    "async forks": (ASYNC_FORKS, "0\n0\n0\n"),
+    "no threads": (NO_THREADS, HELLO_TWICE * 2),
+    "left open": (LEFT_OPEN, "x\n"),
+}
+BLOCKED = {"httpx": "httpx2", "httpx2": "httpx"}  # so that the other is the one used
+
+
+def run_program(text, url, module="httpx", **env):
+    """Run it in a process of its own; give what it prints."""
+    needs(module)
+    begin = f"""import os, signal, sys
+sys.modules["{BLOCKED[module]}"] = None
+url = sys.argv[1]
+import sse_chat
+"""
+    command = [sys.executable, "-W", "ignore", "-c", begin + text, url]
+    options = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run(command, cwd=MODULE_FOLDER, env=os.environ | env, **options)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def by_prompt(server):
+    """Answer as the prompt says; give back any other, in two pieces."""
+    known = {"whole": LATE_END, "refused": play(refuse(401), KEEP)}
+    known["endless"] = play(HEAD, itertools.repeat((chunk("x"), 0.01)))
+    known["cut"] = play(chunked(*BEGUN, end=False))
+
+    def answer(connection, number):
+        prompt = json.loads(server().bodies[number - 1])["messages"][-1]["content"]
+        body = chunked(chunk(prompt), *HELLO[2:])
+        echo = play(body[:200], 0.001, body[200:], KEEP)
+        return known.get(prompt, echo)(connection, number)
+
+    return answer
+
+
+def chunk(text):
+    choice = {"index": 0, "delta": {"content": text}}
+    return f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+
+
+@pytest.mark.parametrize("module", ["httpx", "httpx2"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_end_and_get_their_own_answers(name, module):
+    """Each connection is closed in the end, and nothing is on standard error."""
+    if module == "httpx2" and name != "cycles":
+        pytest.skip("it is the same code")
+    program, printed = PROGRAMS[name]
+    with serve(by_prompt(lambda: server)) as server:
+        assert run_program(program, server.url, module) == printed
+        for _ in range(server.connections):
+            assert server.left.acquire(timeout=PATIENCE)
+
+
+# ---- Threads: one for the process, and none for each stream that is read to its end --
+
+MANY_READS = [
+    (b"%x\r\n%s\r\n" % (len(part), part), 0.001) for part in (PING, PING, *HELLO)
+]
+READ_TO_THE_END = {  # an answer, how many of them, options
+    "at once": (GOOD_KEPT, 50, {}),
+    "the end comes late": (LATE_END, 10, {}),
+    "many reads": (
+        play(chunked(end=False), MANY_READS, b"0\r\n\r\n", KEEP),
+        50,
+        {"first_token_timeout": 9},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READ_TO_THE_END.values(), ids=READ_TO_THE_END)
+def test_one_thread_times_all_streams(threads, case):
+    """It is started when it is first needed, and holds up no program."""
+    answer, number, options = case
+    with serve(answer) as server:
+        threads.clear()  # that of the server
+        with sse_chat.ChatClient(base_url=server.url, **options) as client:
+            for _ in range(number):
+                assert "".join(client.stream("hi").text()) == "Hello"
+        assert server.connections == 1
+        assert len(threads) <= 1
+        assert all(thread.daemon for thread in threads)
+
+
+# ---- What users write in their tests: mocks, and hooks of the client -----------------
+
+SLOW_DOWN = b'{"error": {"message": "slow down"}}'
+Answer = namedtuple("Answer", "status data kind error says text")
+MOCKED = [
+    Answer(200, HELLO_BYTES, "text/event-stream", None, "", "Hello"),
+    Answer(200, b"".join(BEGUN), "text/event-stream", Truncated, "cut off", "Hello"),
+    Answer(200, b"".join([*BEGUN, FAILED]), "x/y", APIError, CANARY, "Hello"),
+    Answer(200, JSON, "application/json", None, "", "Hello"),
+    Answer(200, b"<p>", "text/html", Invalid, "text/html", ""),
+    Answer(429, SLOW_DOWN, "application/json", Status, "slow down", ""),
+    Answer(401, SLOW_DOWN, "application/json", Status, "slow down", ""),
+]
+AT = "http://models.example/v1"
+POSTED = f"{AT}/chat/completions"
+
+
+def mocked(module, answer, how):
+    """The response to give, as users make it."""
+    headers, data = {"Content-Type": answer.kind}, answer.data
+    as_json = {} if how != "json" or data[:1] != b"{" else {"json": json.loads(data)}
+    body = (
+        as_json
+        or {
+            "json": {"content": data},
+            "content": {"content": data},
+            "text": {"text": data.decode()},
+            "stream": {"stream": module.ByteStream(data)},
+            "gzip": {"content": gzip.compress(data)},
+        }[how]
+    )
+    headers |= {"Content-Encoding": "gzip"} if how == "gzip" else {}
+    return module.Response(answer.status, headers=headers, **body)
+
+
+@contextlib.asynccontextmanager
+async def mock_transport(chat, module, how, answer):
+    def respond(request):
+        return mocked(module, answer, how)
+
+    async with own_client(chat, module, transport=module.MockTransport(respond)) as own:
+        yield {"client": own}
+
+
+@contextlib.asynccontextmanager
+async def async_mock_transport(chat, module, how, answer):
+    async def respond(request):
+        await anyio.sleep(0)
+        return mocked(module, answer, how)
+
+    if chat is SYNC:
+        pytest.skip("an httpx.Client does not take it")
+    async with own_client(chat, module, transport=module.MockTransport(respond)) as own:
+        yield {"client": own}
+
+
+@contextlib.asynccontextmanager
+async def own_transport(chat, module, how, answer):
+    """A transport of the user's, which gives the body in pieces, or a read response."""
+
+    class Pieces(module.SyncByteStream, module.AsyncByteStream):
+        def __iter__(self):
+            yield from cut(answer.data, [5, 100])
+
+        async def __aiter__(self):
+            for piece in cut(answer.data, [5, 100]):
+                yield piece
+
+    class Transport(module.BaseTransport, module.AsyncBaseTransport):
+        def handle_request(self, request):
+            if how == "content":
+                return mocked(module, answer, how)
+            headers = {"Content-Type": answer.kind}
+            return module.Response(answer.status, headers=headers, stream=Pieces())
+
+        async def handle_async_request(self, request):
+            await request.aread()
+            return self.handle_request(request)
+
+    async with own_client(chat, module, transport=Transport()) as own:
+        yield {"client": own}
+
+
+@contextlib.asynccontextmanager
+async def hooks(chat, module, how, answer):
+    """Event hooks, as loggers and those who want to see the body write them."""
+    told = []
+
+    def see(response):
+        told.append(f"{response.request.method} {response.url} {response.status_code}")
+        if how == "read":
+            told.append((response.read(), response.text)[1])
+
+    async def asee(response):
+        if how == "read":
+            await response.aread()
+        see(response) if how == "log" else told.append(response.text)
+
+    headers = {"status": f"{answer.status} Oh", "kind": answer.kind}
+    with serve(http(answer.data, **headers)) as server:
+        hook = {"response": [see if chat is SYNC else asee]}
+        async with own_client(chat, module, event_hooks=hook) as own:
+            yield {"client": own, "base_url": server.url}
+    assert told[-1] == (
+        answer.data.decode()
+        if how == "read"
+        else f"POST {server.url}/chat/completions {answer.status}"
+    )
+
+
+@contextlib.asynccontextmanager
+async def respx(chat, module, how, answer):
+    """It stands in for the connections of each client, that of a call, too."""
+    with needs("respx").mock() as router:
+        router.post(POSTED).mock(side_effect=lambda _: mocked(module, answer, how))
+        yield {}
+
+
+@contextlib.asynccontextmanager
+async def pytest_httpx(chat, module, how, answer, fixture):
+    mock = fixture("httpx_mock")
+    options = {"content": answer.data, "headers": {"Content-Type": answer.kind}}
+    if how == "stream":
+        body = options.pop("content")
+        options["stream"] = needs("pytest_httpx").IteratorStream(cut(body, [5, 100]))
+    mock.add_response(url=POSTED, method="POST", status_code=answer.status, **options)
+    yield {}
+
+
+MOCKS = {
+    **{f"MockTransport {how}=": (mock_transport, how) for how in ("content", "text")},
+    **{f"MockTransport {how}=": (mock_transport, how) for how in ("json", "stream")},
+    "MockTransport packed": (mock_transport, "gzip"),
+    "async MockTransport": (async_mock_transport, "content"),
+    "async MockTransport stream=": (async_mock_transport, "stream"),
+    "own transport": (own_transport, "content"),
+    "own transport in pieces": (own_transport, "stream"),
+    "hook that logs": (hooks, "log"),
+    "hook that reads": (hooks, "read"),
+    "respx": (respx, "text"),
+    "respx stream=": (respx, "stream"),
+    "pytest-httpx": (pytest_httpx, "content"),
+    "pytest-httpx stream=": (pytest_httpx, "stream"),
+}
+
+
+@pytest.mark.parametrize("module", ["httpx", "httpx2"])
+@pytest.mark.parametrize("name", MOCKS)
+async def test_a_mocked_answer_is_as_good_as_another(chat, request, name, module):
+    mock, how = MOCKS[name]
+    options = {}
+    if mock in (respx, pytest_httpx):
+        needs(mock.__name__)
+        if module == "httpx2":
+            pytest.skip(f"{mock.__name__} knows httpx alone")
+    if mock is pytest_httpx:
+        options = {"fixture": request.getfixturevalue}
+    for answer, asked in itertools.product(MOCKED, ("stream", "generate")):
+        async with mock(chat, needs(module), how, answer, **options) as where:
+            usual = {"base_url": AT, "max_retries": 0}
+            got = await ask(chat, how=asked, **usual | where)
+        assert type(got.error) is (answer.error or NoneType), (answer, got.error)
+        assert answer.says in str(got.error)
+        assert got.completion.text == answer.text
+        if answer.status != 200:
+            assert got.error.status_code == answer.status
+            assert got.error.message == answer.says
+            assert got.error.response.json() == json.loads(answer.data)
+
+
+RAISERS = [  # a status, whether the hook reads; the requests, what the error says
+    (401, True, 1, "slow down"),
+    (401, False, 1, "401"),
+    (404, True, 1, "slow down"),
+    (503, True, 3, "slow down"),
+    (503, False, 3, "503"),
+]
+
+
+@pytest.mark.parametrize("module", ["httpx", "httpx2"])
+@pytest.mark.parametrize(("status", "reads", "requests", "says"), RAISERS)
+async def test_a_hook_that_raises_for_a_status_tells_the_status(
+    chat, waits, module, status, reads, requests, says
+):
+    def check(response):
+        if reads:
+            response.read()
+        response.raise_for_status()
+
+    async def acheck(response):
+        if reads:
+            await response.aread()
+        response.raise_for_status()
+
+    hook = {"response": [check if chat is SYNC else acheck]}
+    with serve(refuse(status, body=SLOW_DOWN)) as server:
+        async with own_client(chat, needs(module), event_hooks=hook) as own:
+            error = (await ask(chat, server.url, client=own)).error
+    assert (type(error), error.status_code) == (Status, status)
+    assert says in str(error)
+    assert len(server.heads) == requests
+
+
+class Odd(Exception):
+    """What no library raises."""
+
+
+OF_ANY_KIND = [Odd("odd"), RuntimeError("odd"), KeyError("odd"), ValueError("odd")]
+OF_ANY_KIND += [httpx.ConnectError("odd"), OSError("odd"), httpx.InvalidURL("odd")]
+
+
+@pytest.mark.life
+@pytest.mark.parametrize(
+    "raised", OF_ANY_KIND, ids=lambda raised: type(raised).__name__
+)
+async def test_what_a_transport_or_hook_raises_is_how_the_attempt_ended(
+    chat, waits, raised
+):
+    def at_once(request):
+        raise raised
+
+    class Broken(httpx.SyncByteStream, httpx.AsyncByteStream):
+        def __iter__(self):
+            yield BEGUN[0]
+            raise raised
+
+        async def __aiter__(self):
+            yield BEGUN[0]
+            raise raised
+
+    def later(request):
+        return httpx.Response(200, stream=Broken())
+
+    for respond, error, text in ((at_once, Unreachable, ""), (later, Truncated, "Hel")):
+        answer = await ask_mock(chat, respond, max_retries=0)
+        assert (type(answer.error), answer.text) == (error, text)
+        assert answer.error.__cause__ is raised
+        assert "odd" in str(answer.error)
+
+
+async def test_who_interrupts_a_transport_is_not_held_up(chat):
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        async with own_client(chat, transport=httpx.MockTransport(interrupt)) as own:
+            await anext(chat.stream("hi", base_url=AT, client=own))
+
+
+# ---- Closing while another asks, waits, or is between two attempts -------------------
+
+
+class Slow(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body that is slow to close."""
+
+    def __init__(self):
+        self.closing, self.resume = threading.Event(), threading.Event()
+
+    def __iter__(self):
+        yield from (BEGUN[0], BEGUN[1])
+
+    async def __aiter__(self):
+        for part in BEGUN:
+            yield part
+
+    def close(self):
+        self.closing.set()
+        self.resume.wait(0.5)
+
+    async def aclose(self):
+        self.closing.set()
+        with anyio.move_on_after(0.5):
+            while not self.resume.is_set():
+                await anyio.sleep(0.001)
+
+
+async def close_beside(tasks, chat, stream):
+    """Close it in another thread or task."""
+    if chat is SYNC:
+        threading.Thread(target=stream.twin.close).start()
+    else:
+        tasks.start_soon(stream.aclose)
+
+
+@pytest.mark.life
+async def test_who_asks_while_another_closes_is_told_so(chat):
+    body = Slow()
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=body))
+    async with own_client(chat, transport=transport) as own:
+        stream = chat.stream("hi", base_url=AT, client=own)
+        assert (await anext(stream)).text == "Hel"
+        asked = []
+        async with anyio.create_task_group() as tasks:
+            await close_beside(tasks, chat, stream)
+            await until(body.closing.is_set)
+            for _ in range(2):
+                try:
+                    asked.append(await anext(stream))
+                except Exception as error:
+                    asked.append(error)
+            body.resume.set()
+        await stream.aclose()  # once more
+        assert [type(error) for error in asked] == [Truncated] * 2
+        assert all("closed here" in str(error) for error in asked)
+        assert (stream.complete, stream.completion.text) == (False, "Hel")
+
+
+def test_who_is_closed_before_the_headers_is_told_once_they_are_there():
+    """In sync code: httpx has no response yet that could be closed."""
+    asked, closed = threading.Event(), threading.Event()
+    steps = (lambda _: asked.set(), lambda _: closed.wait(9), GOOD)
+    with serve(play(*steps)) as server:
+        stream = sse_chat.stream_chat("hi", base_url=server.url)
+        got = []
+        reader = threading.Thread(
+            target=lambda: got.append(run_sync(take, Sync(stream)))
+        )
+        reader.start()
+        assert asked.wait(9)
+        stream.close()
+        closed.set()
+        reader.join(9)
+        assert (type(got[0].error), got[0].chunks) == (Truncated, [])
+        assert "closed here" in str(got[0].error)
+        assert server.left.acquire(timeout=9)
+        assert len(server.heads) == 1
+
+
+def run_sync(function, *args):
+    """Run a coroutine that has nothing to wait for."""
+    with pytest.raises(StopIteration) as end:
+        function(*args).send(None)
+    return end.value.value
+
+
+async def read_beside(tasks, chat, stream):
+    """Read it in another thread or task; give a list, into which the answer comes."""
+    got = []
+
+    async def read():
+        try:
+            got.append(await take(stream))
+        except Exception as error:  # no error of ours: the test will say so
+            got.append(SimpleNamespace(error=error))
+
+    if chat is SYNC:
+        threading.Thread(target=run_sync, args=[read], daemon=True).start()
+    else:
+        tasks.start_soon(read)
+    return got
+
+
+@pytest.mark.life
+async def test_close_in_the_wait_for_a_retry_sends_no_request(chat):
+    """And wakes who waits."""
+    wait = 1.2 if chat is SYNC else 0.4
+    again = refuse(503, f"Retry-After: {wait}")
+    with serve(in_turn(again, GOOD)) as server:
+        stream = chat.stream("hi", base_url=server.url)
+        async with anyio.create_task_group() as tasks:
+            got = await read_beside(tasks, chat, stream)
+            await until(lambda: server.left.acquire(blocking=False))
+            await anyio.sleep(0.05)  # until it waits
+            began = time.monotonic()
+            await stream.aclose()
+            await until(lambda: got)
+        assert chat is ASYNC or time.monotonic() - began < 0.9
+        await anyio.sleep(max(0, began + wait + 0.2 - time.monotonic()))
+        assert len(server.heads) == 1
+        assert type(got[0].error) is Truncated
+        assert "closed here" in str(got[0].error)
+
+
+@pytest.mark.life
+async def test_a_client_that_is_closed_sends_no_request(chat):
+    """Before a call, or in its wait for a retry: that is an error of ours."""
+    again = refuse(503, "Retry-After: 0.4")
+    with serve(in_turn(again, GOOD)) as server:
+        client = chat.client(base_url=server.url, max_retries=1)
+        stream = client.stream("hi")
+        async with anyio.create_task_group() as tasks:
+            got = await read_beside(tasks, chat, stream)
+            await until(lambda: server.left.acquire(blocking=False))
+            await anyio.sleep(0.05)  # until it waits
+            await client.aclose()
+            await until(lambda: got)
+        late = await take(client.stream("hi", max_retries=0))
+        for answer in (*got, late):
+            assert isinstance(answer.error, APIError)
+            assert "closed" in str(answer.error)
+        assert len(server.heads) == 1
+
+
+# ---- What is asked once, what again, and what is said of it --------------------------
+
+BROKEN = b""  # the server closes the connection without an answer
+GOOD_THEN = functools.partial(in_turn, GOOD_KEPT)
+REPEATS = {  # whose client, the answers; max_retries, the requests, the waits
+    "new, broken": ("call", [BROKEN], 0, 1, 0),
+    "new, broken, two retries": ("call", [BROKEN], 2, 3, 2),
+    "new, broken once": ("call", [BROKEN, GOOD], 2, 2, 1),
+    "client without an answer": ("client", [BROKEN], 0, 1, 0),
+    "kept, broken": ("client", [GOOD_KEPT, BROKEN], 0, 3, 0),
+    "kept, broken once": ("client", [GOOD_KEPT, BROKEN, GOOD], 0, 3, 0),
+    "kept, broken, two retries": ("client", [GOOD_KEPT, BROKEN], 2, 5, 2),
+    "caller's, broken": ("caller", [BROKEN], 0, 2, 0),
+    "caller's, broken once": ("caller", [BROKEN, GOOD], 0, 2, 0),
+}
+
+
+@pytest.mark.life
+@pytest.mark.parametrize("case", REPEATS.values(), ids=REPEATS)
+async def test_only_a_kept_connection_that_broke_is_asked_past_at_once(
+    chat, waits, case
+):
+    whose, answers, retries, requests, waited = case
+    with serve(in_turn(*answers)) as server:
+        options = {"base_url": server.url, "max_retries": retries}
+        async with contextlib.AsyncExitStack() as exits:
+            if whose == "call":
+                answer = await ask(chat, **options)
+            else:
+                if whose == "caller":
+                    own = await exits.enter_async_context(own_client(chat))
+                    options["client"] = own
+                client = await exits.enter_async_context(chat.client(**options))
+                if answers[0] is GOOD_KEPT:
+                    assert (await take(client.stream("hi"))).error is None
+                answer = await take(client.stream("hi"))
+    good = answers[-1] is GOOD
+    assert type(answer.error) is (NoneType if good else Unreachable)
+    assert len(server.heads) == requests
+    assert len([wait for wait in waits if wait]) == waited
+
+
+async def test_the_request_is_that_of_the_call(chat):
+    """One list, one dict, changed between calls and before the first chunk."""
+    message = {"role": "user", "content": [{"type": "text", "text": ""}]}
+    stop, headers = [], {"X-A": "0"}
+    with serve(GOOD_KEPT) as server:
+        async with chat.client(base_url=server.url) as client:
+            streams = []
+            for name in "123":
+                message["content"][0]["text"] = name
+                stop[:] = headers["X-A"] = name
+                options = {"stop": stop, "headers": headers}
+                streams.append(client.stream([message], **options))
+                own = {"base_url": server.url} | options
+                streams.append(chat.stream([message], **own))
+            message["content"] = stop[:] = headers["X-A"] = "later"
+            for stream in streams:
+                assert (await take(stream)).text == "Hello"
+    sent = [json.loads(body) for body in server.bodies]
+    parts = [[{"type": "text", "text": name}] for name in "112233"]
+    assert [body["messages"][0]["content"] for body in sent] == parts
+    assert [body["stop"] for body in sent] == [[name] for name in "112233"]
+    values = [re.search("(?i)\nx-a: (.*)\r", head)[1] for head in server.heads]
+    assert values == [*"112233"]
+
+
+@pytest.mark.life
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning")  # of the loop that is gone
+def test_a_client_outlives_its_event_loop(anyio_backend):
+    """Connections of a loop that has ended are of no use to the next."""
+    name, options = anyio_backend
+
+    async def two():
+        answers = [await take(client.stream("hi")) for _ in range(2)]
+        return [(answer.text, answer.error) for answer in answers]
+
+    with serve(GOOD_KEPT) as server:
+        client = sse_chat.AsyncChatClient(base_url=server.url)
+        for _ in range(3):
+            got = anyio.run(two, backend=name, backend_options=options)
+            gc.collect()  # here, where its warnings are expected
+            assert got == [("Hello", None)] * 2
+
+
+async def test_a_host_that_cannot_be_is_an_error_of_ours(chat, waits):
+    error = (await ask(chat, "http://a..b/v1")).error
+    assert isinstance(error, Unreachable)
+    assert "a..b" in str(error)
+    assert "ollama" not in str(error).lower()
+
+
+async def test_a_broken_status_over_http2_is_an_error_of_ours(chat, waits):
+    def handle(h2, stream):
+        h2.config.validate_outbound_headers = False
+        h2.send_headers(stream, [(":status", "fine")], end_stream=True)
+
+    needs("h2")
+    with Http2Server(handle) as server:
+        async with own_client(chat, http1=False, http2=True) as own:
+            options = {"client": own, "max_retries": 0}
+            error = (await ask(chat, server.url, **options)).error
+    assert isinstance(error, Unreachable)
+    assert type(error.__cause__) is not NoneType
+
+
+BOOM_JSON = b'{"error": "boom"}'
+
+
+@contextlib.contextmanager
+def http2_answers(status, data, end):
+    def handle(h2, stream):
+        h2.send_headers(stream, [(":status", status)])
+        h2.send_data(stream, data, end_stream=end)
+
+    needs("h2")
+    with Http2Server(handle) as server:
+        yield server
+
+
+OVER_HTTP2 = {  # a status, a body, whether it ends; what is on the error
+    "answer": ("200", HELLO_BYTES, True, ""),
+    "answer without end": ("200", HELLO_BYTES, False, ""),
+    "error": ("500", BOOM_JSON, True, "boom"),
+    "error without end": ("500", BOOM_JSON, False, "500"),
+}
+
+
+@pytest.mark.life
+@pytest.mark.parametrize("case", OVER_HTTP2.values(), ids=OVER_HTTP2)
+async def test_what_has_no_end_over_http2_is_bounded(chat, monkeypatch, case):
+    """The rest after [DONE], and the body of an error."""
+    monkeypatch.setattr(sse_chat, "_ERROR_BODY_TIMEOUT", 1.0, raising=False)
+    status, data, end, says = case
+    if chat is ASYNC and status == "500" and not end:
+        pytest.skip("bounded as over HTTP/1, and slow")
+    with http2_answers(status, data, end) as server:
+        async with own_client(chat, http1=False, http2=True) as own:
+            options = {"client": own, "max_retries": 0, "timeout": 9}
+            began = time.monotonic()
+            answer = await ask(chat, server.url, **options)
+            assert time.monotonic() - began < 8
+    assert type(answer.error) is (Status if says else NoneType)
+    assert answer.error or answer.text == "Hello"
+    assert says in f"{answer.error} {getattr(answer.error, 'status_code', '')}"
+
+
+# ---- Errors before HTTP: told as what they are, and asked once -----------------------
+
+MISSING_CERTIFICATES = """
+import asyncio
+
+async def ask():
+    return await sse_chat.agenerate("hi", base_url="https://127.0.0.1:9/v1")
+
+def with_client():
+    with sse_chat.ChatClient(base_url="https://127.0.0.1:9/v1") as client:
+        return client.generate("hi")
+
+ways = (lambda: sse_chat.generate("hi", base_url="https://127.0.0.1:9/v1"))
+for way in (ways, lambda: asyncio.run(ask()), with_client):
+    try:
+        way()
+    except sse_chat.APIConnectionError as error:
+        print(error.is_retryable, " ".join(str(error).split()))
+"""
+
+
+def test_certificates_that_are_not_there_are_told():
+    missing = "/nowhere/certificates.pem"
+    lines = run_program(MISSING_CERTIFICATES, "", SSL_CERT_FILE=missing).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.startswith("False ")
+        assert "SSL_CERT_FILE" in line and missing in line
+        assert "ollama" not in line.lower()
+
+
+async def test_a_certificate_that_is_not_trusted_is_told(chat, waits):
+    authority = needs("trustme").CA()
+    speaking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(speaking)
+    wrap = functools.partial(speaking.wrap_socket, server_side=True)
+    with serve(GOOD, wrap) as server:
+        error = (await ask(chat, server.url.replace("http:", "https:"))).error
+    assert (type(error), error.is_retryable) == (Unreachable, False)
+    for word in ("certificate", "verify=", "SSL_CERT_FILE"):
+        assert word in str(error)
+    assert "ollama" not in str(error).lower()
+    assert (server.connections, waits) == (1, [])
+
+
+VARIABLES = {  # that httpx refuses, a value; what is shown of it
+    "NO_PROXY of a network": ("NO_PROXY", "::1/128", "::1/128"),
+    "NO_PROXY in brackets": ("NO_PROXY", "[::1]", "[::1]"),
+    "ALL_PROXY of GNOME": ("ALL_PROXY", "socks://127.0.0.1:9/", "socks://127.0.0.1:9"),
+    "ALL_PROXY with a login": (
+        "ALL_PROXY",
+        f"socks://user:{CANARY.replace('/', '%2F')}@127.0.0.1:9/",
+        "socks://127.0.0.1:9",
+    ),
+    "HTTP_PROXY": ("HTTP_PROXY", "ftp://127.0.0.1:9", "ftp://127.0.0.1:9"),
+    "lower case": ("http_proxy", "ftp://127.0.0.1:9", "ftp://127.0.0.1:9"),
+}
+
+
+@pytest.mark.parametrize("case", VARIABLES.values(), ids=VARIABLES)
+async def test_a_proxy_variable_that_is_refused_is_named(
+    chat, waits, monkeypatch, case
+):
+    name, value, shown = case
+    monkeypatch.setenv(name, value)
+    error = (await ask(chat, NOBODY)).error
+    assert (type(error), error.is_retryable) == (Unreachable, False)
+    assert name in str(error) and shown in str(error)
+    assert "ollama" not in str(error).lower()
+    assert "canary" not in whole_chain(error)
+    assert waits == []
+    with pytest.raises(Unreachable, match=name):
+        async with chat.client(base_url=NOBODY) as client:
+            await anext(client.stream("hi"))
+
+
+async def test_a_proxy_that_wants_a_login_is_told(chat, waits, monkeypatch):
+    head = "HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+    with serve(head.encode()) as server:
+        at = server.url.removeprefix("http://").removesuffix("/v1")
+        proxy = f"http://user:{CANARY.replace('/', '%2F')}@{at}"
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        error = (await ask(chat, "https://models.example/v1")).error
+    assert (type(error), error.is_retryable) == (Unreachable, False)
+    for word in ("407", "HTTPS_PROXY", at):
+        assert word in str(error)
+    assert "ollama" not in str(error).lower()
+    assert "canary" not in whole_chain(error)
+    assert (len(server.heads), waits) == (1, [])
+
+
+async def test_two_transfer_encodings_are_told(chat, waits):
+    twice = "Transfer-Encoding: chunked\r\n"
+    with serve(chunked(*HELLO, headers=twice)) as server:
+        async with own_client(chat) as own:
+            for options in ({}, {"client": own}):
+                error = (await ask(chat, server.url, **options)).error
+                assert isinstance(error, APIError) and not error.is_retryable
+                assert "Transfer-Encoding" in str(error)
+                assert "ollama" not in str(error).lower()
+    assert (len(server.heads), waits) == (2, [])
+
+
+async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits):
+    def refuse_it(request):
+        raise httpx.ConnectError("refused")
+
+    assert "ollama serve" in str((await ask(chat, NOBODY)).error)
+    far = (await ask_mock(chat, refuse_it, base_url=AT)).error
+    assert type(far) is Unreachable
+    assert "ollama" not in str(far).lower()
+
+
+# ---- What an error says of its attempts, and what of secrets -------------------------
+
+
+async def test_the_time_of_an_error_is_that_of_all_attempts(chat, waits):
+    with serve(play(0.1)) as server:
+        error = (await ask(chat, server.url)).error
+        assert 0.3 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
+        assert re.search(r"\b3 (attempts|tries|requests)", str(error))
+        error = (await ask(chat, server.url, max_retries=0)).error
+        assert 0.1 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
+        assert not re.search(r"\b[23] (attempts|tries|requests)", str(error))
+    assert len(server.heads) == 4
+
+
+async def test_a_logger_tells_of_each_retry(chat, waits, caplog):
+    caplog.set_level("INFO")
+    again = refuse(503, "Retry-After: 7", body=BOOM_JSON)
+    with serve(in_turn(again, BROKEN, GOOD)) as server:
+        answer = await ask(chat, server.url, api_key=CANARY)
+        assert answer.text == "Hello"
+        await ask(chat, server.url)
+    told = [record for record in caplog.records if record.name == "sse_chat"]
+    assert [record.levelname for record in told] == ["INFO", "INFO"]
+    first, second = (record.getMessage() for record in told)
+    assert "503" in first and re.search(r"\b7(\.0)? s", first)
+    assert re.search("1 of 2|2 of 3", first)
+    assert "broke" in second and f"{waits[1]:.1f} s" in second
+    assert re.search("2 of 2|3 of 3", second)
+    assert CANARY not in first + second
+
+
+SILENCE_BEGUN = play(HEAD, GONE)
+RETRYABLE = [  # an answer; whether the error says that we would ask again
+    *((refuse(status), True) for status in (408, 409, 429, 500, 503, 529)),
+    *((refuse(status), False) for status in (400, 401, 404, 422)),
+    (BROKEN, True),
+    (SILENCE_BEGUN, False),  # it, and may be at work
+    (http(*BEGUN), False),  # it had begun
+    (http(FAILED), False),
+    (http(b"<p>", kind="text/html"), False),
+]
+
+
+@pytest.mark.parametrize(("answer", "again"), RETRYABLE)
+async def test_an_error_says_whether_we_would_ask_again(chat, answer, again):
+    timeout = 0.2 if answer is SILENCE_BEGUN else 20
+    with serve(answer) as server:
+        error = (await ask(chat, server.url, max_retries=0, timeout=timeout)).error
+    for made in (error, pickled(error), copy.deepcopy(error)):
+        assert made.is_retryable is again
+
+
+async def test_a_port_that_is_refused_is_asked_again(chat, waits):
+    error = (await ask(chat, NOBODY)).error
+    assert (error.is_retryable, len(waits)) == (True, 2)
+    assert APIError("m").is_retryable is False
+
+
+def whole_chain(error):
+    """All that an error, its causes and its contexts say, tracebacks aside."""
+    shown, left, seen = [], [error], []
+    while left:
+        each = left.pop()
+        if each is None or any(each is other for other in seen):
+            continue
+        seen.append(each)
+        shown += [str(each), repr(each), repr(each.args), repr(vars(each))]
+        left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+    return "".join(shown).replace("\\", "")
+
+
+QUICK = {name: echo for name, echo in ECHOES.items() if name != "timeout"}
+
+
+@pytest.mark.parametrize("answer", QUICK.values(), ids=QUICK)
+async def test_no_secret_is_behind_an_error(chat, answer):
+    """What servers echo is in no exception that led to it, either."""
+    options = {"max_retries": 0, "max_event_bytes": 9000}
+    with serve(answer) as server:
+        for secret in ("key", "password"):
+            url, more, _ = SECRETS[secret]
+            url = url.format(server.url.removeprefix("http://"))
+            error = (await ask(chat, url, **options | more)).error
+            assert CANARY[:9] not in whole_chain(error)
+
+
+BAD_URLS = [
+    "http://user:{}@[::1",
+    "http://user:{}@h:x/v1",
+    "http://user:{}/7@h/v1",  # a password that should have been quoted
+    "http://user:{}@h\u2100/v1",
+    "ftp://user:{}@h/v1",
+    "http://user:{}@:80/v1",
+    "http://user:{}@h:99999/v1",
+]
+
+
+@pytest.mark.parametrize("key", ["sk-canary", "sk-can\u00e4ry", "sk-canary\n"])
+def test_no_secret_is_behind_an_error_about_options(key):
+    """A password in a base URL that is none; a key that no header can carry."""
+    wrong = [{"base_url": url.format(key.strip())} for url in BAD_URLS]
+    if key != "sk-canary":
+        wrong += [{"api_key": f"x{key}x"}, {"headers": {"Authorization": f"x{key}x"}}]
+    for way, options in itertools.product((SYNC, ASYNC), wrong):
+        for make in (functools.partial(way.stream, "hi"), way.client):
+            with pytest.raises(ValueError) as told:
+                make(**options)
+            assert not re.search("can.?ry", whole_chain(told.value))
+
+
+# ---- The time for the first token ----------------------------------------------------
+
+
+@pytest.mark.life
+async def test_the_callers_own_time_is_not_the_servers(chat):
+    """What came meanwhile is taken; what has not come has what was left of its time."""
+    pauses = [(0.6, None)] + [(0.05, None), (GONE, Timeout)] * (chat is SYNC)
+    for pause, error in pauses:
+        with serve(play(HEAD, EMPTY, pause, *HELLO)) as server:
+            stream = chat.stream("hi", base_url=server.url, first_token_timeout=0.4)
+            assert (await anext(stream)).text == ""
+            time.sleep(0.5)
+            began = time.monotonic()
+            answer = await take(stream)
+            assert type(answer.error) is (error or NoneType)
+            assert error or answer.text == "Hello"
+            assert 0.2 < time.monotonic() - began < 5 or not error
+
+
+# ---- Unpacking -----------------------------------------------------------------------
+
+
+def raw_deflate(data):
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def members(*parts):
+    return b"".join(map(gzip.compress, parts))
+
+
+PACKED = {  # a Content-Encoding, the body of HELLO in it
+    "members": ("gzip", members(*HELLO)),
+    "members, some empty": ("gzip", members(b"", *HELLO[:2], b"", b"", *HELLO[2:])),
+    "deflate of zlib": ("deflate", zlib.compress(HELLO_BYTES)),
+    "raw deflate": ("deflate", raw_deflate(HELLO_BYTES)),
+    "upper case": ("GZIP", gzip.compress(HELLO_BYTES)),
+}
+
+
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_packed_answers(case):
+    encoding, data = case
+    header = f"Content-Encoding: {encoding}\r\n"
+    ways = [chunked(data, headers=header)]
+    ways.append(chunked(*cut(data, range(len(data))), headers=header))
+    ways.append(http(data, headers=header))
+    with serve(in_turn(*ways)) as server:
+        for _ in ways:
+            answer = ask_sync(server.url)
+            assert (answer.error, answer.text) == (None, "Hello")
+
+
+PACKED_ERRORS = {
+    "members": ("gzip", members(BOOM_JSON[:5], BOOM_JSON[5:])),
+    "deflate of zlib": ("deflate", zlib.compress(BOOM_JSON)),
+    "raw deflate": ("deflate", raw_deflate(BOOM_JSON)),
+}
+
+
+@pytest.mark.parametrize("case", PACKED_ERRORS.values(), ids=PACKED_ERRORS)
+def test_packed_errors(case):
+    encoding, data = case
+    with serve(refuse(400, f"Content-Encoding: {encoding}", body=data)) as server:
+        error = ask_sync(server.url).error
+    assert (type(error), error.message) == (Status, "boom")
+
+
+BAD_PACKED = {  # a Content-Encoding, a body; the error
+    "no gzip": ("gzip", HELLO_BYTES, Invalid),
+    "rubbish after a member": ("gzip", members(*BEGUN) + b"rubbish", Invalid),
+    "cut in a member": (
+        "gzip",
+        members(*HELLO[:2]) + members(*HELLO[2:])[:9],
+        APIError,
+    ),
+    "no deflate": ("deflate", b"\xff" * 99, Invalid),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PACKED.values(), ids=BAD_PACKED)
+def test_what_does_not_unpack_is_no_whole_answer(case):
+    encoding, data, kind = case
+    with serve(in_turn(encoded(encoding, data))) as server:
+        error = ask_sync(server.url).error
+    assert isinstance(error, kind)
+
+
+BOMBS = {  # a Content-Encoding, a body
+    "members of blanks": ("gzip", members(b"\n" * 4 * MIB) * 9),
+    "members of comments": ("gzip", members(PING * (MIB // 64)) * 9),
+    "members of nothing": ("gzip", members(b"") * 20_000),
+    "raw deflate": ("deflate", raw_deflate(bytes(10**8))),
+    "deflate of zlib": ("deflate", zlib.compress(bytes(10**8))),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS.values(), ids=BOMBS)
+def test_bombs_are_bounded(case):
+    encoding, data = case
+    header = f"Content-Encoding: {encoding}"
+    answers = (encoded(encoding, data), refuse(400, header, body=data))
+    for answer in answers:
+        began = time.monotonic()
+        with serve(answer) as server, memory(80e6):
+            error = ask_sync(server.url, max_retries=0).error
+        assert isinstance(error, APIError)
+        assert time.monotonic() - began < 10
+
+
+UNKNOWN_ENCODINGS = ["br", "zstd", "compress", "gzip, br", "x-other"]
+
+
+@pytest.mark.parametrize("encoding", UNKNOWN_ENCODINGS)
+def test_an_encoding_that_we_do_not_unpack_is_named(encoding):
+    name = re.escape(encoding.split(", ")[-1])
+    with serve(encoded(encoding, HELLO_BYTES)) as server:
+        answer = ask_sync(server.url)
+        assert isinstance(answer.error, APIError)
+        assert not isinstance(answer.error, Truncated)
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", str(answer.error))
+        assert (answer.text, len(server.heads)) == ("", 1)
+    with serve(refuse(400, f"Content-Encoding: {encoding}", body=BOOM_JSON)) as server:
+        error = ask_sync(server.url).error
+        assert (type(error), error.status_code) == (Status, 400)
+
+
+async def test_what_httpx_has_unpacked_is_not_unpacked_again(chat):
+    """An encoding that neither knows is as httpx leaves it."""
+
+    async def aread(response):
+        await response.aread()
+
+    hook = {"response": [aread if chat is ASYNC else httpx.Response.read]}
+    cases = [*PACKED.values(), ("x-other", HELLO_BYTES)]
+    cases = [case for case in cases if case[1].count(b"\x1f\x8b") < 2]  # members: ours
+    with serve(in_turn(*itertools.starmap(encoded, cases))) as server:
+        async with own_client(chat, event_hooks=hook) as own:
+            for _ in cases:
+                answer = await ask(chat, server.url, client=own)
+                assert (answer.error, answer.text) == (None, "Hello")
+
+
+# ---- The headers of an answer in one piece -------------------------------------------
+
+
+async def test_an_answer_in_one_piece_has_its_response_headers(chat):
+    more = "X-Request-Id: r-1\r\nX-RateLimit-Remaining: 5\r\n"
+    plain = http(JSON, kind="application/json")
+    with serve(in_turn(http(JSON, headers=more), plain)) as server:
+        async with chat.client(base_url=server.url) as client:
+            first, second = [await client.generate("hi") for _ in "12"]
+    headers = first.response_headers
+    assert type(headers) is dict
+    assert (headers["x-request-id"], headers["x-ratelimit-remaining"]) == ("r-1", "5")
+    assert second.response_headers["content-type"] == "application/json"
+    assert first == second == ChatCompletion.from_dict(json.loads(JSON))
+    assert repr(first) == repr(second)
+    assert first.to_dict() == json.loads(JSON)
+    assert "r-1" not in repr(first)
+    for twin in (pickled(first), copy.deepcopy(first)):
+        assert (twin, twin.response_headers) == (first, headers)
+    assert ChatCompletion().response_headers == {}
+
+
+# ---- Listening: the rules of HTML 9.2.3, and of practice -----------------------------
+
+CLOSE = "Connection: close\r\n"
+
+
+def answer_of(*parts, headers="", **more):
+    """A response, after which the connection is closed, as it says."""
+    return http(*parts, headers=headers + CLOSE, **more)
+
+
+EVENT = b"data: x\n\n"
+X = answer_of(EVENT)
+END = answer_of(status="204 No Content")
+
+
+def listening(chat, url, *, on_error=lambda error: None, **options):
+    """An event source that connects again, for this way to ask; not without end."""
+    faults = itertools.count()
+
+    def heard(error):
+        assert next(faults) < 1500
+        on_error(error)
+
+    options = {"timeout": 20, "on_error": heard} | options
+    if chat is SYNC:
+        return Sync(sse_chat.listen(url, **options))
+    return sse_chat.alisten(url, **options)
+
+
+async def listen_to_end(chat, url, **options):
+    """Give all events up to the end; another end than 204 raises."""
+    async with listening(chat, url, **options) as source:
+        return [event async for event in source]
+
+
+@contextlib.contextmanager
+def noted_delays(lasting=0.002):
+    """Note the waits between two tries, each of which takes this time at most."""
+    noted = []
+    wait, sleep = threading.Event.wait, anyio.sleep
+
+    def waited(event, timeout=None):
+        if not timeout:
+            return wait(event, timeout)
+        noted.append(timeout)
+        return wait(event, min(timeout, lasting))
+
+    async def slept(seconds):
+        noted.append(seconds)
+        await sleep(min(seconds, lasting))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Event, "wait", waited)
+        patch.setattr(anyio, "sleep", slept)
+        yield noted
+
+
+@pytest.fixture
+def delays():
+    with noted_delays() as noted:
+        yield noted
+
+
+def ids_sent(server):
+    """Give the Last-Event-ID of each request, None where there was none."""
+    found = [re.findall("(?im)^last-event-id: ?(.*)\r$", head) for head in server.heads]
+    assert all(len(ids) < 2 for ids in found)
+    return [ids[0] if ids else None for ids in found]
+
+
+# ---- What the event source rests on: an EventSource, and its `retry` -----------------
+
+RETRIES = {  # a stream; the retry of each of its events
+    "of its own block": (b"retry: 5\ndata: x\n\n", [5]),
+    "of a block without data": (b"retry: 5\n\ndata: x\n\n", [5]),
+    "for one event alone": (b"retry: 5\n\ndata: x\n\ndata: y\n\n", [5, None]),
+    "over several blocks": (b"retry: 5\n\nid: 1\n\n: hi\n\ndata: x\n\n", [5]),
+    "its own wins": (b"retry: 5\n\nretry: 6\ndata: x\n\n", [6]),
+    "the latest wins": (b"retry: 5\n\nretry: 6\n\ndata: x\n\n", [6]),
+    "one that is no number": (b"retry: 5\n\nretry: x\n\ndata: x\n\n", [5]),
+    "none": (b"data: x\n\nretry: 5\n\n", [None]),
+}
+
+
+@pytest.mark.parametrize(("stream", "retries"), RETRIES.values(), ids=RETRIES)
+def test_a_retry_without_data_is_that_of_the_next_event(stream, retries):
+    blocks = [block + b"\n\n" for block in stream.split(b"\n\n")[:-1]]
+    for pieces in ([stream], blocks, cut(stream, range(999))):
+        assert [event.retry for event in iter_sse(pieces)] == retries
+    decoder = SSEDecoder()
+    events = map(decoder.decode, stream.decode().split("\n"))
+    assert [event.retry for event in events if event] == retries
+
+
+async def test_an_event_source_is_iterable_and_takes_the_last_event_id(chat):
+    def source(body, kind="text/event-stream", **options):
+        response = httpx.Response(200, headers={"content-type": kind}, content=body)
+        source = EventSource(response, **options)
+        return source, Sync(source) if chat is SYNC else source
+
+    body = b"data: a\n\nid: 6\ndata: b\n\ndata: c\n\nid\ndata: d\n\n"
+    direct, iterable = source(body, last_event_id="5")
+    assert direct.last_event_id == "5"
+    events = [(event.data, event.id) async for event in iterable]
+    assert events == [("a", "5"), ("b", "6"), ("c", "6"), ("d", "")]
+    assert direct.last_event_id == ""
+    direct, iterable = source(b": hi\n\n", last_event_id="5")
+    assert [event async for event in iterable] == []
+    assert direct.last_event_id == "5"
+    _, iterable = source(body, "text/html")
+    with pytest.raises(SSEError, match="text/html"):
+        await anext(aiter(iterable))
+
+
+# ---- Connecting again: what goes over from one connection to the next ----------------
+
+CONNECTIONS = {  # the body of each connection; "data|id" of each event; the ids sent
+    "without ids": ([b"data: a\n\n", b"data: b\n\n"], ["a|", "b|"], [None] * 3),
+    "an id survives connections that bring none": (
+        [b"id: 1\ndata: a\n\n", b"", PING, b"data: b\n\n", b"data: c\n\n"],
+        ["a|1", "b|1", "c|1"],
+        [None, "1", "1", "1", "1", "1"],
+    ),
+    "the latest id counts": (
+        [b"id: 1\ndata: a\n\nid: 2\ndata: b\n\n", b"id: 3\ndata: c\n\n"],
+        ["a|1", "b|2", "c|3"],
+        [None, "2", "3"],
+    ),
+    "a field id alone takes it back": (
+        [b"id: 1\ndata: a\n\n", b"id\ndata: b\n\n", b"data: c\n\n"],
+        ["a|1", "b|", "c|"],
+        [None, "1", None, None],
+    ),
+    "an empty id takes it back": (
+        [b"id: 1\ndata: a\n\n", b"id: \n\n", b"data: b\n\n"],
+        ["a|1", "b|"],
+        [None, "1", None, None],
+    ),
+    "it counts from a block without data": (
+        [b"data: a\n\nid: 2\n\n", b"data: b\n\n"],
+        ["a|", "b|2"],
+        [None, "2", "2"],
+    ),
+    "an event that no blank line ended counts for nothing": (
+        [b"id: 1\ndata: a\n\nid: 2\nevent: e\ndata: b\n", b"data: c\n\n"],
+        ["a|1", "c|1"],
+        [None, "1", "1"],
+    ),
+    "nor does a line without an end": (
+        [b"id: 1\ndata: a\n\nid: 2", b": \ndata: b\n\ndata: c"],
+        ["a|1", "b|1"],
+        [None, "1", "1"],
+    ),
+    "a lone CR ends a block": ([b"id: 1\rdata: a\r\r"], ["a|1"], [None, "1"]),
+    "an LF that begins a connection belongs to no CR": (
+        [b"id: 1\ndata: a\r\n\r", b"\ndata: b\n\n"],
+        ["a|1", "b|1"],
+        [None, "1", "1"],
+    ),
+    "one BOM a connection": (
+        [UTF8_BOM + b"data: a\n\n", UTF8_BOM + b"data: b\n\n", UTF8_BOM * 2 + EVENT],
+        ["a|", "b|"],
+        [None] * 4,
+    ),
+    "half a character is not finished by the next": (
+        ["data: ä".encode()[:-1], "data: ä\n\n".encode()],
+        ["ä|"],
+        [None] * 3,
+    ),
+    "an id with a NUL is none": (
+        [b"id: 1\ndata: a\n\n", b"id: 2\0\ndata: b\n\n"],
+        ["a|1", "b|1"],
+        [None, "1", "1"],
+    ),
+    "ids are UTF-8": (
+        ["id: ä 🙂\u2028…\ndata: a\n\n".encode(), b"data: b\n\n"],
+        ["a|ä 🙂\u2028…", "b|ä 🙂\u2028…"],
+        [None, *["ä 🙂\u2028…"] * 2],
+    ),
+    "ids are no numbers": (
+        [b"id: 007\ndata: a\n\n", b"id: %b\ndata: b\n\n" % (b"9" * 4000)],
+        ["a|007", f"b|{'9' * 4000}"],
+        [None, "007", "9" * 4000],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", CONNECTIONS.values(), ids=CONNECTIONS)
+async def test_what_one_connection_leaves_to_the_next(chat, delays, row):
+    """Whether it broke or its body ended; a stored last_event_id goes on the same."""
+    bodies, events, ids = row
+    answers = [
+        chunked(body, end=n % 2 == 0, headers=CLOSE) for n, body in enumerate(bodies)
+    ]
+    with serve(in_turn(*answers, END)) as server:
+        async with listening(chat, server.url) as source:
+            found = [event async for event in source]
+        assert [f"{event.data}|{event.id}" for event in found] == events
+        assert {event.event for event in found} == {"message"}
+        assert ids_sent(server) == ids
+        assert source.last_event_id == (ids[-1] or "")
+    with serve(in_turn(X, END)) as server:
+        stored = source.last_event_id
+        [event] = await listen_to_end(chat, server.url, last_event_id=stored)
+        assert event.id == stored
+        assert ids_sent(server) == [ids[-1]] * 2
+
+
+async def test_the_last_event_id_is_that_of_the_event_given(chat):
+    """What has come beside it is not lost for who closes here and goes on later."""
+    body = b"id: 1\ndata: a\n\nid: 2\ndata: b\n\nid: 3\n\n"
+    with serve(play(HEAD, body, GONE)) as server:
+        source = listening(chat, server.url, last_event_id="0")
+        assert source.last_event_id == "0"
+        for id in ("1", "2"):
+            assert (await anext(source)).id == source.last_event_id == id
+        await source.aclose()
+        assert source.last_event_id == "2"
+
+
+UNSENDABLE = {  # as the id stands in a stream
+    "leading space": "id:  7",
+    "trailing space": "id: 7 ",
+    "one space": "id:  ",
+    "leading tab": "id: \t7",
+    "form feed": "id: \f7",
+    "vertical tab inside": "id: 7\v8",
+}
+
+
+@pytest.mark.parametrize("field", UNSENDABLE.values(), ids=UNSENDABLE)
+async def test_an_id_that_no_header_can_carry_is_left_out(chat, delays, field):
+    """Events have it, on_error hears of it, and the next id is sent as ever."""
+    id, errors = field[4:], []
+    first = f"{field}\ndata: a\n\n".encode()
+    with serve(
+        in_turn(answer_of(first), X, answer_of(b"id: 8\ndata: b\n\n"), END)
+    ) as server:
+        events = await listen_to_end(chat, server.url, on_error=errors.append)
+        assert [event.id for event in events] == [id, id, "8"]
+        assert ids_sent(server) == [None, None, None, "8"]
+    assert errors
+    assert all(type(e) is SSEError and repr(id) in str(e) for e in errors)
+
+
+# ---- What a response means -----------------------------------------------------------
+
+STATUSES = (201, 202, 205, 206, 301, 304, 400, 401, 403, 404, 407, 409, 410, 451, 499)
+KINDS = {
+    "text/event-stream": True,
+    "Text/Event-Stream": True,
+    "text/event-stream;": True,
+    "text/event-stream;charset=windows-1251": True,  # and is read as UTF-8
+    "TEXT/EVENT-STREAM ; x=bogus": True,
+    "text/event-streams": False,
+    "text/event-stream+json": False,
+    "application/x-text/event-stream": False,
+    "text/html; x=text/event-stream": False,
+    "text/x-bogus": False,
+    "application/json": False,
+    "": False,
+}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+async def test_another_status_ends_it(chat, delays, status):
+    """With the status on the error; and it asks no more, whoever iterates on."""
+    with serve(answer_of(b"data: x\n\n", status=f"{status} No")) as server:
+        async with listening(chat, server.url) as source:
+            with pytest.raises(SSEError, match=str(status)) as told:
+                await anext(source)
+            assert told.value.status_code == status
+            assert [event async for event in source] == []
+        assert len(server.heads) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_content_type_is_compared_as_a_mime_type(chat, delays, kind):
+    with serve(in_turn(answer_of("data: ä\n\n".encode(), kind=kind), END)) as server:
+        if KINDS[kind]:
+            assert await listen_to_end(chat, server.url) == [as_event("ä")]
+        else:
+            with pytest.raises(SSEError, match=re.escape(repr(kind))) as told:
+                await listen_to_end(chat, server.url)
+            assert told.value.status_code == 200
+            assert len(server.heads) == 1
+
+
+async def test_no_content_type_ends_it(chat, delays):
+    with serve(b"HTTP/1.1 200 OK\r\n\r\ndata: x\n\n") as server:
+        with pytest.raises(SSEError) as told:
+            await listen_to_end(chat, server.url)
+        assert (told.value.status_code, len(server.heads)) == (200, 1)
+
+
+async def test_204_ends_it(chat, delays):
+    with serve(END) as server:
+        async with listening(chat, server.url) as source:
+            for _ in range(2):
+                assert [event async for event in source] == []
+        assert len(server.heads) == 1
+
+
+async def test_an_event_over_the_limit_ends_it(chat, delays):
+    body = b"id: 1\ndata: x\n\nid: 2\ndata: 0123456789\n\ndata: y\n\n"
+    with serve(answer_of(body)) as server:
+        source = listening(chat, server.url, max_event_bytes=16)
+        assert (await anext(source)).data == "x"
+        with pytest.raises(SSEError, match="16 bytes"):
+            await anext(source)
+        assert [event async for event in source] == []
+        assert (source.last_event_id, len(server.heads)) == ("1", 1)
+        assert await has_left(server)
+
+
+LINGER = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def reset(connection):
+    """Have the connection end with a reset."""
+    connection.setsockopt(*LINGER)
+
+
+NETWORK = httpx.TransportError
+SILENT_FOR = {"timeout": 0.2}
+GOES_ON = {  # what a server does, options; the error that on_error gets, if any
+    "the end of a body": (answer_of(b": hi\n\n"), {}, None),
+    "an empty body": (answer_of(), {}, None),
+    "a body that is cut": (chunked(b"data: y\n", end=False), {}, NETWORK),
+    "a body shorter than its length": (answer_of(b"data: y\n\n")[:-1], {}, NETWORK),
+    "a body that is reset": (play(HEAD, PING, 0.02, reset), {}, NETWORK),
+    "chunks that are none": (chunked(end=False) + b"zz\r\n", {}, NETWORK),
+    "no answer": (b"", {}, NETWORK),
+    "a reset for an answer": (play(reset), {}, NETWORK),
+    "a head that is cut": (HEAD[:-9], {}, NETWORK),
+    "no HTTP": (b"nonsense\r\n\r\n", {}, NETWORK),
+    "no head for the timeout": (play(GONE), SILENT_FOR, httpx.ReadTimeout),
+    "silence in the body": (play(HEAD, PING, GONE), SILENT_FOR, httpx.ReadTimeout),
+    "silence in the timeout of httpx": (
+        play(HEAD, GONE), {"timeout": httpx.Timeout(9, read=0.2)}, httpx.ReadTimeout
+    ),
+    **{f"status {n}": (refuse(n), {}, n) for n in (408, 429, *range(500, 505), 599)},
+    "an error that never ends": (play(ERROR_HEAD, PING, GONE), {}, 500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", GOES_ON.values(), ids=GOES_ON)
+async def test_what_does_not_end_it(chat, delays, row):
+    """Each try leaves its connection before the next, even where there may be one."""
+    answer, options, expected = row
+    errors = []
+    with serve(in_turn(answer, X, END)) as server:
+        async with own_client(chat, limits=ONE) as own:
+            options = {"client": own, "on_error": errors.append} | options
+            events = await listen_to_end(chat, server.url, **options)
+    assert [event.data for event in events if event.data != "y"] == ["x"]
+    assert len(server.heads) == 3
+    if expected is None:
+        assert errors == []
+    elif isinstance(expected, int):
+        assert [(type(e), e.status_code) for e in errors] == [(SSEError, expected)]
+        assert str(expected) in str(errors[0])
+    else:
+        [error] = errors
+        assert isinstance(error, expected)
+
+
+async def test_comments_are_no_silence(chat, delays):
+    """They may come for much longer than the timeout; what follows them may not."""
+    errors = []
+    alive = play(HEAD, [(PING, 0.05)] * 6, b"data: x\n\n", GONE)
+    with serve(in_turn(alive, END)) as server:
+        options = {"timeout": 0.2, "on_error": errors.append}
+        assert await listen_to_end(chat, server.url, **options) == [as_event("x")]
+    assert [type(error) for error in errors] == [httpx.ReadTimeout]
+
+
+async def test_a_hook_that_raises_for_the_status_changes_nothing(chat, delays):
+    async def ahook(response):
+        response.raise_for_status()
+
+    hook = httpx.Response.raise_for_status if chat is SYNC else ahook
+    hooks = {"event_hooks": {"response": [hook]}}
+    with serve(in_turn(refuse(503), X, refuse(404))) as server:
+        async with own_client(chat, **hooks) as own:
+            source = listening(chat, server.url, client=own)
+            assert await anext(source) == as_event("x")
+            with pytest.raises(SSEError) as told:
+                await anext(source)
+    assert (told.value.status_code, len(server.heads)) == (404, 3)
+
+
+# ---- on_error ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [refuse(503), b""], ids=["status", "network"])
+async def test_what_on_error_raises_ends_it(chat, delays, answer):
+    def on_error(error):
+        raise KeyError("enough") from error
+
+    with serve(answer) as server:
+        source = listening(chat, server.url, on_error=on_error)
+        with pytest.raises(KeyError, match="enough"):
+            await anext(source)
+        assert [event async for event in source] == []
+        assert len(server.heads) == 1
+
+
+async def test_on_error_may_keep_to_the_letter_of_the_standard(chat, delays):
+    """There every status but 200 is the end, and network errors are none."""
+
+    def on_error(error):
+        if isinstance(error, SSEError):
+            raise error
+
+    with serve(in_turn(b"", X, refuse(503))) as server:
+        source = listening(chat, server.url, on_error=on_error)
+        assert await anext(source) == as_event("x")
+        with pytest.raises(SSEError) as told:
+            await anext(source)
+        assert (told.value.status_code, len(server.heads)) == (503, 3)
+
+
+async def test_on_error_hears_of_each_fault_before_the_wait(chat, delays):
+    heard = []
+
+    def on_error(error):
+        heard.append(len(delays))
+
+    with serve(in_turn(b"", refuse(503), chunked(end=False), X, END)) as server:
+        await listen_to_end(chat, server.url, on_error=on_error)
+    assert heard == [0, 1, 2]
+    assert len(delays) == 4
+
+
+def test_on_error_may_close():
+    with serve(refuse(503)) as server:
+        source = sse_chat.listen(server.url, on_error=lambda _: source.close())
+        assert list(source) == []
+        assert len(server.heads) == 1
+
+
+# ---- How long it waits ---------------------------------------------------------------
+
+NO_RETRIES = ("retry: 2000x", "retry: -2", "retry: 2e3", "retry:", "retry", "retry: ５")
+HUGE_RETRY = b"retry: %b\n\n" % (b"9" * 400)
+ROW = [(1, 1), (1, 2), (2, 4), (4, 8)]  # seconds, at least and at most
+ONCE, TWICE = ROW[:2]
+LESS = (0.7, 0.7)
+HALF_TO_ALL = [(3, 3), (3, 6), (6, 12), (12, 24), (15, 30), (15, 30)]
+BY_ONE = {"retry": 1}
+
+
+def in_9_s():
+    return formatdate(time.time() + 9, usegmt=True)
+
+
+# Options; of each connection what comes (a body, a status, a status and its
+# Retry-After, an error of the network); the wait after each
+DELAYS = {
+    "3 s, doubled up to 30 s": ({}, [503] * 6, HALF_TO_ALL),
+    "doubled up to max_retry": (
+        {"retry": 1, "max_retry": 5}, [503] * 1100, [*ROW[:3], *[(2.5, 5)] * 1097]
+    ),
+    "all failures are one row": (BY_ONE, [503, b"", OSError, 429], ROW),
+    "a comment or an id is no event": (BY_ONE, [PING, b"id: 1\n\n", PING], ROW[:3]),
+    "an event ends the row": (
+        BY_ONE, [503, 503, EVENT, EVENT, 503], [ONCE, TWICE, ONCE, ONCE, TWICE]
+    ),
+    "the server's retry, at once and for good": (
+        {}, [b"retry: 700\ndata: x\n\n", EVENT, 503], [LESS, LESS, (0.7, 1.4)]
+    ),
+    "of a block without data": ({}, [b"retry: 700\n\n", b""], [LESS, (0.7, 1.4)]),
+    "of a block without an end": ({}, [b"data: x\n\nretry: 700\n"], [LESS]),
+    "not of a line without an end": (BY_ONE, [b"data: x\n\nretry: 700"], [ONCE]),
+    "the latest": (
+        {}, [b"retry: 9\nretry: 700\n\n", b"retry: 800\n\n"], [LESS, (0.8, 1.6)]
+    ),
+    "leading zeros mean nothing": ({}, [b"retry: 0700\n\n"], [LESS]),
+    "what is not a number means nothing": (
+        BY_ONE, [f"{retry}\ndata: x\n\n".encode() for retry in NO_RETRIES], [ONCE] * 6
+    ),
+    "over max_retry, if the server says so": (
+        {}, [b"retry: 60000\ndata: x\n\n", 503, 503], [(60, 60)] * 3
+    ),
+    "over max_retry, if the caller says so": (
+        {"retry": 50}, [EVENT, 503], [(50, 50)] * 2
+    ),
+    "a retry beyond all clocks": ({}, [HUGE_RETRY], [(3600, threading.TIMEOUT_MAX)]),
+    "0 is obeyed once": (
+        {"retry": 0},
+        [EVENT, EVENT, 503, 503, 503],
+        [(0, 0), (0, 0), (0.1, 0.2), (0.1, 0.4), (0.2, 0.8)],
+    ),
+    "the server's 0 too": ({}, [b"retry: 0\ndata: x\n\n", 503], [(0, 0), (0.1, 0.2)]),
+    "1 ms hammers no more than 0": (
+        {}, [b"retry: 1\n\n", 503, 503], [(0.001, 0.001), (0.1, 0.2), (0.1, 0.4)]
+    ),
+    "Retry-After, which does not stay": (BY_ONE, [(503, "7"), 503], [(7, 7), TWICE]),
+    "Retry-After with each status that goes on": (
+        BY_ONE, [(status, "9") for status in (408, 429, 500, 503)], [(9, 9)] * 4
+    ),
+    "a date as Retry-After": (BY_ONE, [(503, in_9_s)], [(7, 9)]),
+    "a Retry-After over max_retry": (BY_ONE, [(503, "45")], [(45, 45)]),
+    "a sooner Retry-After": ({}, [(503, "1"), (503, "0")], [(3, 3), (3, 6)]),
+    "a Retry-After that says nothing": (
+        BY_ONE, [(503, "soon"), (503, "-7")], [ONCE, TWICE]
+    ),
+    "a Retry-After of a year": (BY_ONE, [(503, "31536000")], [(60, 31536000)]),
+    "the Retry-After of an event stream": (BY_ONE, [(200, "7")], [ONCE]),
+}  # fmt: skip
+
+
+async def waits_between(chat, comes, options):
+    """Give the time that passes, or would, between each request and the next."""
+    told = iter([*comes, 204])
+    between = []
+    stream = {"content-type": "text/event-stream"}
+
+    def answer(request):
+        between.append(sum(noted))
+        noted.clear()
+        next_one = next(told)
+        if next_one is OSError:
+            raise httpx.ConnectError("refused")
+        if isinstance(next_one, bytes):
+            return httpx.Response(200, headers=stream, content=next_one)
+        status, wish = next_one if isinstance(next_one, tuple) else (next_one, None)
+        wish = {"retry-after": wish() if callable(wish) else wish} if wish else {}
+        return httpx.Response(status, headers=stream | wish, content=EVENT)
+
+    with noted_delays(0) as noted:
+        async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+            await listen_to_end(chat, "http://h/", client=own, **options)
+    return between[1:]
+
+
+@pytest.mark.parametrize("row", DELAYS.values(), ids=DELAYS)
+async def test_how_long_it_waits(chat, row):
+    """The reconnection time; doubled in a row of failures, less up to half by chance.
+
+    Never less than the reconnection time, which the standard says is the least.
+    """
+    options, comes, expected = row
+    waited = await waits_between(chat, comes, options)
+    assert len(waited) == len(expected)
+    for wait, (least, most) in zip(waited, expected, strict=True):
+        assert least - 1e-9 <= wait <= most + 1e-9
+
+
+async def test_waits_differ_by_chance(chat):
+    """Or all who lost a server would come back to it at once."""
+    one, other = [await waits_between(chat, [503] * 9, {}) for _ in range(2)]
+    assert one[0] == other[0] == 3
+    assert len({*one[1:], *other[1:]}) == 16
+
+
+async def test_it_does_wait(chat):
+    with serve(in_turn(answer_of(b"retry: 100\ndata: x\n\n"), END)) as server:
+        source = listening(chat, server.url, retry=60)
+        await anext(source)
+        start = time.monotonic()
+        assert [event async for event in source] == []
+        assert 0.1 <= time.monotonic() - start < 5
+
+
+# ---- The request, sent anew each time ------------------------------------------------
+
+SENT_ANEW = {  # options; the line of the request, its content-type, its body
+    "GET": ({}, "GET /v1", None, b""),
+    "params": ({"params": {"q": "ä b"}}, "GET /v1?q=%C3%A4(?:%20|\\+)b", None, b""),
+    "json": (
+        {"method": "POST", "json": {"a": "ä"}},
+        "POST /v1",
+        "application/json",
+        '{"a":"ä"}'.encode(),
+    ),
+    "bytes": ({"method": "PUT", "content": b"\0\xff"}, "PUT /v1", None, b"\0\xff"),
+    "text": ({"method": "POST", "content": "ä"}, "POST /v1", None, "ä".encode()),
+    "a form": (
+        {"method": "POST", "data": {"a": "1"}},
+        "POST /v1",
+        "application/x-www-form-urlencoded",
+        b"a=1",
+    ),
+}
+
+
+def header(head, name):
+    return re.findall(f"(?im)^{name}: *(.*)\r$", head)
+
+
+@pytest.mark.parametrize("row", SENT_ANEW.values(), ids=SENT_ANEW)
+async def test_each_request_is_the_first_again(chat, delays, row):
+    options, line, kind, body = row
+    with serve(in_turn(X, b"", refuse(503), END)) as server:
+        await listen_to_end(chat, server.url, **options)
+        assert server.bodies == [body] * 4
+        for head in server.heads:
+            assert re.match(rf"{line} HTTP/1.1\r\n".replace("/v1?", r"/v1\?"), head)
+            assert header(head, "accept") == ["text/event-stream"]
+            assert header(head, "cache-control") == ["no-cache"]
+            assert not kind or header(head, "content-type") == [kind]
+
+
+OWN_HEADERS = {"X-Mine": "1", "accept": "text/plain", "LAST-EVENT-ID": "own"}
+
+
+@pytest.mark.parametrize("make", [dict, dict.items, httpx.Headers, lambda own: None])
+async def test_headers_of_the_caller(chat, delays, make):
+    """They go with each request and stay as they are; none of ours is there twice."""
+    own, untouched = make(OWN_HEADERS), make(OWN_HEADERS)
+    with serve(in_turn(answer_of(b"id: 1\ndata: x\n\n"), END)) as server:
+        await listen_to_end(chat, server.url, headers=own, last_event_id="0")
+        assert ids_sent(server) == ["0", "1"]
+        for head in server.heads:
+            assert header(head, "accept") == ["text/event-stream"]
+            assert header(head, "x-mine") == (["1"] if own else [])
+    assert own == untouched
+
+
+async def test_a_client_of_the_caller(chat, delays):
+    """Its base URL and headers are used; it stays open."""
+    with serve(in_turn(X, END, X, END)) as server:
+        base = {"base_url": server.url, "headers": {"X-Mine": "1"}}
+        async with own_client(chat, **base) as own:
+            for _ in range(2):
+                events = await listen_to_end(chat, "/events?a=1", client=own)
+                assert events == [as_event("x")]
+            assert not own.is_closed
+        for head in server.heads:
+            assert head.startswith("GET /v1/events?a=1 HTTP/1.1")
+            assert header(head, "x-mine") == ["1"]
+
+
+HUSHED = ["Authorization", "Proxy-Authorization", "Cookie", "X-API-Key", "Api-Key"]
+HUSHED += ["X-Auth-Token", "X-Goog-Api-Key", "X-Client-Secret", "X-Password"]
+HUSHED = dict.fromkeys(HUSHED, "hush")
+
+
+def redirect(status, url):
+    return answer_of(status=f"{status} Away", headers=f"Location: {url}\r\n")
+
+
+async def test_secrets_stay_at_the_origin_of_the_url(chat, delays):
+    """Another port is another origin. All else goes along, and each try begins anew."""
+    first, second = answer_of(b"id: 1\ndata: a\n\n"), answer_of(b"data: b\n\n")
+    with (
+        serve(in_turn(first, second, END)) as other,
+        serve(redirect(307, other.url)) as server,
+    ):
+        mine = {"X-Mine": "1", **dict(itertools.islice(HUSHED.items(), 5))}
+        theirs = {"headers": dict(itertools.islice(HUSHED.items(), 5, 99))}
+        async with own_client(chat, **theirs) as own:
+            events = await listen_to_end(chat, server.url, client=own, headers=mine)
+        assert [event.data for event in events] == ["a", "b"]
+        assert [head.count("hush") for head in server.heads] == [len(HUSHED)] * 3
+        assert ids_sent(server) == ids_sent(other) == [None, "1", "1"]
+        for head in other.heads:
+            assert "hush" not in head
+            assert header(head, "x-mine") == ["1"]
+            assert header(head, "accept") == ["text/event-stream"]
+            assert header(head, "cache-control") == ["no-cache"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirects_at_one_origin_are_followed(chat, delays, status):
+    """With secrets; of the cookies, httpx sends those that its client has stored."""
+    secrets = {k: v for k, v in HUSHED.items() if k != "Cookie"}
+    answers = [redirect(status, "/v1/there"), X] * 2
+    with serve(in_turn(*answers, redirect(status, "/v1/there"), END)) as server:
+        events = await listen_to_end(chat, server.url, headers=secrets)
+        assert events == [as_event("x")] * 2
+        paths = [head.split()[1] for head in server.heads]
+        assert paths == ["/v1", "/v1/there"] * 3
+        assert {head.count("hush") for head in server.heads} == {len(secrets)}
+
+
+async def test_a_body_is_redirected_too(chat, delays):
+    options = {"method": "POST", "json": {"a": 1}}
+    with serve(in_turn(redirect(307, "/v1/there"), X, END)) as server:
+        assert await listen_to_end(chat, server.url, **options) == [as_event("x")]
+        assert [json.loads(body) for body in server.bodies] == [{"a": 1}] * 3
+
+
+NUMBERS = ("retry", "max_retry", "timeout")
+UNFIT_SECONDS = (-1, math.nan, -math.inf)
+ODD_URLS = (
+    "ftp://h/",
+    "http://",
+    "http://[::1",
+    "http://h:99999",
+    "://",
+    "/events",
+    "",
+)
+REFUSED = [  # options, the error, and what it says
+    *(({"url": url}, ValueError, "(?i)url") for url in ODD_URLS),
+    *(({name: odd}, ValueError, name) for name in NUMBERS for odd in UNFIT_SECONDS),
+    *(({name: "3"}, TypeError, name) for name in NUMBERS),
+    *(({name: math.inf}, ValueError, name) for name in ("retry", "max_retry")),
+    ({"timeout": 0}, ValueError, "timeout"),
+    ({"max_event_bytes": -1}, ValueError, "max_event_bytes"),
+    *(
+        ({"last_event_id": id}, ValueError, ".")
+        for id in ("a\nb", "a\r", "\0", "\ud83d")
+    ),
+    *(({"last_event_id": id}, TypeError, "last_event_id") for id in (7, b"7")),
+    ({"on_error": "print"}, TypeError, "on_error"),
+    ({"method": "GET /"}, ValueError, "method"),
+    ({"headers": {"X": "a\nb"}}, ValueError, "header"),
+    ({"headers": {"X\0": "a"}}, ValueError, "header"),
+    ({"headers": {"X": "ä"}}, ValueError, "."),
+    ({"json": {1j}}, TypeError, "."),
+    ({"jsno": {}}, TypeError, "jsno"),
+]
+ONE_SHOT = {
+    "iterator": lambda: iter([b"a"]),
+    "generator": lambda: (part for part in [b"a"]),
+    "async generator": lambda: as_parts(),
+    "file": lambda: io.BytesIO(b"a"),
+}
+
+
+async def as_parts():
+    yield b"a"
+
+
+@pytest.fixture(params=[sse_chat.listen, sse_chat.alisten])
+def listen(request):
+    return request.param
+
+
+@pytest.mark.parametrize(("options", "error", "says"), REFUSED)
+def test_what_cannot_be_asked_is_refused_at_the_call(listen, options, error, says):
+    with pytest.raises(error, match=says):
+        listen(**{"url": "http://h/"} | options)
+
+
+@pytest.mark.parametrize("make", ONE_SHOT.values(), ids=ONE_SHOT)
+def test_a_body_that_can_be_sent_once_is_refused_at_the_call(listen, make):
+    content = make()
+    with pytest.raises(TypeError, match="content"):
+        listen("http://h/", method="POST", content=content)
+    getattr(content, "close", lambda: None)()
+
+
+def test_the_wrong_kind_of_client_is_refused_at_the_call(listen):
+    is_sync = listen is sse_chat.listen
+    wrong = (httpx.AsyncClient if is_sync else httpx.Client)(verify=NO_TLS)
+    with pytest.raises(TypeError, match="Client"):
+        listen("http://h/", client=wrong)
+
+
+def test_the_types_of_what_it_gives():
+    assert type(sse_chat.listen("http://h/")) is sse_chat.EventStream
+    assert type(sse_chat.alisten("http://h/")) is sse_chat.AsyncEventStream
+
+
+# ---- Nothing lost, nothing twice -----------------------------------------------------
+
+ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
+NOISE = st.sampled_from([b": hi", b"retry: 1", b"foo: bar", b"data", b"event: e"])
+
+
+@st.composite
+def logs(draw):
+    """What a server keeps: blocks, each with an id of its own, and most with data."""
+    log = []
+    for number in range(draw(st.integers(1, 6))):
+        id = f"{number}{draw(st.sampled_from(['', 'ä', ' 🙂', '-b']))}"
+        lines = [b"id: " + id.encode(), *draw(st.lists(NOISE, max_size=3))]
+        if draw(st.integers(0, 4)):
+            lines.append(f"data: ä{number}".encode())
+        lines = [*draw(st.permutations(lines)), b""]
+        end_of_line = draw(ENDS)
+        log.append((id, b"".join(line + end_of_line for line in lines)))
+    return log
+
+
+class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body in these pieces, which then ends, or breaks."""
+
+    def __init__(self, pieces, breaks):
+        self.pieces, self.breaks = pieces, breaks
+
+    def __iter__(self):
+        yield from self.pieces
+        if self.breaks:
+            raise httpx.ReadError("cut")
+
+    async def __aiter__(self):
+        for piece in self:
+            yield piece
+
+
+CUT_AT = st.integers(0, 150)  # bytes; a log has some 150
+WAYS_TO_END = st.sampled_from(["end", "break", "no connection", "status 503"])
+CONNECTIONS_MADE = st.lists(
+    st.tuples(CUT_AT, WAYS_TO_END, st.lists(CUT_AT, max_size=5)), max_size=8
+)
+
+
+def by_the_log(log):
+    """Give each event once, in order, with its id: those of each block by itself."""
+    events = (event for _, block in log for event in by_the_standard(block)[1])
+    return [(event.event, event.data, event.id) for event in events]
+
+
+def a_server_of(log, connections):
+    """Answer from after the Last-Event-ID on; each connection is cut as these say."""
+    ids = [id for id, _ in log]
+    cuts = iter(connections)
+
+    def answer(request):
+        raw = {name.lower(): value for name, value in request.headers.raw}
+        last = raw.get(b"last-event-id")
+        rest = log[ids.index(last.decode()) + 1 :] if last else log
+        # Between two blocks stands a comment, or a CR would meet an LF.
+        body = UTF8_BOM + b"".join(block + b":\n" for _, block in rest)
+        size, end, pieces = next(cuts, (len(body), "end", []))
+        if end == "no connection":
+            raise httpx.ConnectError("refused")
+        status = 503 if end == "status 503" else 200 if rest else 204
+        stream = Body(cut(body[:size], pieces), end == "break")
+        kind = {"content-type": "text/event-stream"}
+        return httpx.Response(status, headers=kind, stream=stream)
+
+    return httpx.MockTransport(answer)
+
+
+@given(logs(), CONNECTIONS_MADE)
+def test_every_event_comes_once_and_in_order_however_often_it_breaks(log, connections):
+    async def events_of(chat):
+        transport = a_server_of(log, connections)
+        async with own_client(chat, transport=transport) as own:
+            events = await listen_to_end(chat, "http://h/", client=own)
+        return [(event.event, event.data, event.id) for event in events]
+
+    with noted_delays(0):
+        assert finished(events_of(SYNC)) == by_the_log(log)
+        assert asyncio.run(events_of(ASYNC)) == by_the_log(log)
+
+
+class Mortal(Server):
+    """Counts, from after the Last-Event-ID on; may be killed, and started again.
+
+    It has so many lives, of some events each. Then it sends one more and ends.
+    """
+
+    def __init__(self, lives):
+        self.lives = iter(lives)
+        self.last = 0  # number that was sent
+        super().__init__(self.count)
+
+    def count(self, connection, number):
+        [*_, id] = ids_sent(self)
+        following = itertools.count(int(id or 0) + 1)
+        life = next(self.lives, None)
+        if life is None and id == str(self.last):
+            return connection.sendall(END)
+        connection.sendall(HEAD)
+        for self.last in itertools.islice(following, 1 if life is None else life):
+            connection.sendall(b"id: %d\ndata: %d\n\n" % (self.last, self.last))
+        if life is not None:
+            connection.sendall(b"id: 999\ndata: half an ev")
+            self.kill(connection)
+        return None
+
+    def kill(self, connection):
+        Server.__exit__(self)
+        reset(connection)
+
+    def start_again(self):
+        address = self.url.split("/")[2].split(":")
+        self.socket = socket.create_server((address[0], int(address[1])), backlog=1024)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+
+async def test_a_server_that_is_killed_fifty_times_loses_no_event(chat, delays):
+    refused = []
+
+    def on_error(error):
+        if isinstance(error, httpx.ConnectError):
+            refused.append(error)
+            server.start_again()
+
+    lives = random.Random(1).choices(range(6), k=50)
+    with Mortal(lives) as server:
+        events = await listen_to_end(chat, server.url, on_error=on_error)
+        assert len(refused) == 50
+        numbers = [str(number) for number in range(1, server.last + 1)]
+        assert [(e.id, e.data) for e in events] == [(n, n) for n in numbers]
+
+
+# ---- Its life ------------------------------------------------------------------------
+
+
+@functools.cache
+def speaking_tls():
+    """A server's side of TLS, and the context of a client that trusts it."""
+    authority = needs("trustme").CA()
+    speaking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(speaking)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    return functools.partial(speaking.wrap_socket, server_side=True), trusting
+
+
+@contextlib.asynccontextmanager
+async def waiting(phase, chat):
+    """Where an event source waits: its server and options, and what tells that it does.
+
+    In a body it does once it has given the one event.
+    """
+    waits = threading.Semaphore(0)
+    client, options = {}, {}
+
+    def reached(*_):
+        waits.release()
+
+    def over_http2(h2, stream):
+        kind = ("content-type", "text/event-stream")
+        h2.send_headers(stream, [(":status", "200"), kind])
+        h2.send_data(stream, EVENT)
+
+    async def connecting(request):
+        reached()
+        await anyio.sleep_forever()
+
+    @contextlib.contextmanager
+    def without_an_answer(connection):
+        play(reached, GONE)(connection, 0)
+        yield connection
+
+    body = play(HEAD, EVENT, GONE)
+    if phase == "wait":
+        server = serve(refuse(503))
+        options |= {"on_error": reached, "retry": 5}
+    elif phase == "TLS handshake":
+        server = serve(b"", without_an_answer)
+    elif phase == "TLS body":
+        wrap, client["verify"] = speaking_tls()
+        server = serve(body, wrap)
+    elif phase == "HTTP/2 body":
+        needs("h2")
+        server = Http2Server(over_http2)
+        client |= {"http1": False, "http2": True}
+    else:
+        server = serve(play(reached, GONE) if phase == "head" else body)
+    if phase == "connecting":
+        client["transport"] = httpx.MockTransport(connecting)
+    with server:
+        options["url"] = server.url.replace(
+            "http", "https" if "TLS" in phase else "http"
+        )
+        async with own_client(chat, **client) as own:
+            yield server, {"client": own, **options}, waits
+
+
+WOKEN_AT_ONCE = ("body", "TLS body", "wait")
+WAITED_FOR = (*WOKEN_AT_ONCE, "connecting", "TLS handshake", "head", "HTTP/2 body")
+
+
+# httpcore leaves the socket of a handshake that is cancelled to garbage collection
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("phase", WAITED_FOR)
+async def test_closing_wakes_who_waits(chat, phase):
+    """Within 50 ms; in sync code elsewhere than in a body and a wait at the timeout."""
+    at_once = chat is ASYNC or phase in WOKEN_AT_ONCE
+    if (chat, phase) == (SYNC, "connecting"):
+        pytest.skip("a function in place of a server has no timeout")
+    took = []
+    async with (
+        waiting(phase, chat) as (server, options, waits),
+        anyio.from_thread.BlockingPortal() as portal,
+    ):
+        while not took or (at_once and 0.05 < took[-1] < 1 and len(took) < 5):
+            source = listening(chat, timeout=5 if at_once else 0.3, **options)
+            if "body" in phase:
+                assert await anext(source) == as_event("x")
+                waits.release()
+            took.append(await closed_from_a_thread(chat, source, waits, portal))
+            assert [event async for event in source] == []
+        if phase == "TLS handshake":
+            gc.collect()
+        assert took[-1] < (0.05 if at_once else 3)
+        assert len(server.heads) <= len(took)
+
+
+async def closed_from_a_thread(chat, source, waits, portal):
+    """Close a source that waits for an event; give the seconds until its end."""
+    close = source.twin.close if chat is SYNC else source.aclose
+
+    def wait_and_close():
+        assert waits.acquire(timeout=20)
+        pause(0.02)
+        start = time.monotonic()
+        (close if chat is SYNC else functools.partial(portal.call, close))()
+        return start
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        start = threads.submit(wait_and_close)
+        assert [event async for event in source] == []
+        took = time.monotonic()
+        # The loop must go on, or `portal.call` would not come back.
+        return took - await anyio.to_thread.run_sync(start.result)
+
+
+async def test_it_asks_at_the_first_next_and_never_once_closed(chat):
+    with serve(X) as server:
+        unread, closed = (listening(chat, server.url) for _ in range(2))
+        for _ in range(2):
+            await closed.aclose()
+        assert [event async for event in closed] == []
+        async with unread:
+            pass
+        assert [event async for event in unread] == []
+        assert server.connections == 0
+
+
+def is_socket(descriptor):
+    try:
+        return stat.S_ISSOCK(os.fstat(int(descriptor)).st_mode)
+    except OSError:
+        return False  # that was of the listing itself
+
+
+OF_THE_LOOP = re.compile("Trio thread|AnyIO worker|asyncio_")  # they resolve names
+
+
+def left_open():
+    """Count what may be left open: threads, sockets, tasks."""
+    names = [thread.name for thread in threading.enumerate()]
+    sockets = sum(map(is_socket, os.listdir("/dev/fd")))
+    threads = len(names) - len([*filter(OF_THE_LOOP.match, names)])
+    return threads, sockets, len(anyio.get_running_tasks())
+
+
+async def leave_events(how, make):
+    """Have an event source and go; give it, so that it is not garbage."""
+    if how == "break":
+        async for _ in make():
+            return None
+    source = make()
+    if how == "unread":
+        await source.aclose()
+    elif how in ("close", "close after more"):
+        for _ in range(1 + (how != "close")):
+            await anext(source)
+        await source.aclose()
+    elif how == "cancel":
+        with anyio.CancelScope() as scope:
+            async for _ in source:
+                scope.cancel()
+        await source.aclose()
+    else:
+        with contextlib.suppress(SSEError, KeyError):
+            async with source:
+                async for _ in source:
+                    if how == "raise":
+                        raise KeyError
+                    if how == "with":
+                        break
+    return source
+
+
+ENDLESSLY = play(HEAD, itertools.repeat((EVENT, 0.01), 2000))
+LEFT = {  # what the server does; how the event source is left
+    "204": in_turn(X, END),
+    "204 on a kept connection": in_turn(X, play(http(status="204 No Content"), KEEP)),
+    "404": in_turn(X, refuse(404)),
+    "over the limit": in_turn(X, play(HEAD, b"data: " + b"x" * 99, GONE)),
+    "on_error": in_turn(X, refuse(503)),
+    "close after more": in_turn(X, ENDLESSLY),
+    **dict.fromkeys(("unread", "close", "with", "raise", "break", "cancel"), ENDLESSLY),
+}
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="nothing lists open files")
+@pytest.mark.parametrize("shared", [False, True], ids=["own client", "caller's client"])
+@pytest.mark.parametrize("how", LEFT)
+async def test_nothing_is_left_open(chat, how, shared):
+    def on_error(error):
+        raise KeyError from error
+
+    if (chat, how) == (SYNC, "cancel"):
+        pytest.skip("sync code has no cancelling")
+    if shared and "kept" in how:
+        pytest.skip("the caller's client keeps it")
+    kept = []
+    with serve(LEFT[how]) as server:
+        async with own_client(chat, limits=ONE) as own:
+            before = left_open()
+            options = {"client": own} if shared else {}
+            options |= {"retry": 0, "on_error": on_error, "max_event_bytes": 20}
+            kept.append(
+                await leave_events(how, lambda: listening(chat, server.url, **options))
+            )
+            assert await until(lambda: all(map(operator.le, left_open(), before)))
+            for source in filter(None, kept):
+                assert [event async for event in source] == []
+
+
+async def test_memory_does_not_grow_with_reconnections(chat):
+    """Of a thousand, once 300 have filled what is cached."""
+    blocks = []
+    kind = {"content-type": "text/event-stream"}
+
+    def answer(request):
+        made = next(numbers)
+        if made in (300, 1300):
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+        if made == 1300:
+            return httpx.Response(204)
+        body = b"id: %d\nretry: 0\ndata: %d\n\n" % (made, made)
+        return httpx.Response(200, headers=kind, content=body)
+
+    numbers = itertools.count()
+    async with (
+        own_client(chat, transport=httpx.MockTransport(answer)) as own,
+        listening(chat, "http://h/", client=own) as source,
+    ):
+        async for event in source:
+            assert event.id == source.last_event_id
+    first, last = blocks
+    assert last - first < 250  # blocks of memory: a quarter of one for each connection
+
+
 # ---- Threads and memory; httpx2 alone; a real server ---------------------------------
 
 LIVE = os.environ.get("SSE_CHAT_LIVE_URL", sse_chat.DEFAULT_BASE_URL)
@@ -3104,8 +7150,6 @@ async def test_live_answers(chat):
 # ---- The program in pipes ------------------------------------------------------------
 
 PROGRAM = str(Path(sse_chat.__file__))
-NOBODY = "http://127.0.0.1:9/v1"  # the discard port: nothing listens there
-PATIENCE = 20  # seconds, for a slow machine
 
 # A shell that runs the tests in the background has SIGINT ignored, in children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -3175,13 +7219,13 @@ CUT, STOP = HELLO[:2], HELLO[2:]
 THOUGHTS = (event(reasoning="Let me "), event(reasoning="see."), event("<thi"))
 THOUGHTFUL = (*THOUGHTS, event("nk>and think</think>Hel"), event("lo"), *STOP)
 BETWEEN = http(CUT[0], THOUGHTS[1], CUT[1], DONE)
-SILENT = play(chunked(*CUT, end=False), GONE)
+SILENT_ANSWER = play(chunked(*CUT, end=False), GONE)
 REPLY = {"role": "assistant", "content": "<think>hm</think>Hello"}
 PIECE: Any = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
 PIECE["choices"] = [{"index": 0, "message": REPLY, "finish_reason": "stop"}]
 PIECE["usage"] = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 IN_ONE_PIECE = json_response(PIECE)
-FULL = http(*CUT, event(finish="length"), DONE)
+FULL_ANSWER = http(*CUT, event(finish="length"), DONE)
 FULL_OF_THINKING = http(event(reasoning="hm"), event(finish="length"), DONE)
 FILTERED = http(*CUT, event(finish="content_filter"), DONE)
 LINES_KEPT = http(event("\n\n"), event(" Hi"), event("\n\n"), *STOP)
@@ -3189,8 +7233,8 @@ HALVES = http(event("\ud83d"), event("\ude42 \ud83d"), *STOP)
 ENDED_BY_ERROR = http(*CUT, event(finish="error"), DONE)
 SILENT_FROM_THE_START = play(HEAD, GONE)
 NO_EVENT = http(*CUT, b"data: oops\n\n")
-LIMITS = ("MAX_TOKENS", "max_output_tokens", "model_context_window_exceeded")
-FILTERS = ("SAFETY", "content-filter")
+LIMIT_WORDS = ("MAX_TOKENS", "max_output_tokens", "model_context_window_exceeded")
+FILTER_WORDS = ("SAFETY", "content-filter")
 AT_LIMIT = ".*stopped at the token limit\n"
 AT_FILTER = ".*stopped at a content filter\n"
 IS_EMPTY = "the answer is empty\n"
@@ -3219,17 +7263,17 @@ SHOWN = {
     "torn": (chunked(*CUT, end=False), 3, "Hello\n", "", ".*cut off"),
     "torn JSON": (IN_ONE_PIECE[:-20], 3, "", "", ".*cut off"),
     "torn in a tag": (http(event("<thi")), 3, "<thi\n", "", ".*cut off"),
-    "silent": (SILENT, 3, "Hello\n", "", "."),
+    "silent": (SILENT_ANSWER, 3, "Hello\n", "", "."),
     "silent from the start": (SILENT_FROM_THE_START, 1, "", "", ".*first token"),
     "failed": (ENDED_BY_ERROR, 3, "Hello\n", "", ".*'error'"),
     "a bad event": (NO_EVENT, 1, "Hello\n", "", ".*oops"),
     "[DONE] alone": (http(DONE), 1, "", "", ".*no answer"),
     "nothing": (http(), 1, "", "", ".*empty"),
-    "full": (FULL, 3, "Hello\n", "", AT_LIMIT),
+    "full": (FULL_ANSWER, 3, "Hello\n", "", AT_LIMIT),
     "filtered": (FILTERED, 3, "Hello\n", "", AT_FILTER),
     "full of thinking": (FULL_OF_THINKING, 3, "", "hm\n", AT_LIMIT),
 }
-for words, told in ((LIMITS, AT_LIMIT), (FILTERS, AT_FILTER)):
+for words, told in ((LIMIT_WORDS, AT_LIMIT), (FILTER_WORDS, AT_FILTER)):
     for word in words:
         answer = http(*CUT, event(finish=word), DONE)
         SHOWN[f"finish_reason {word}"] = answer, 3, "Hello\n", "", told
@@ -3239,7 +7283,7 @@ for words, told in ((LIMITS, AT_LIMIT), (FILTERS, AT_FILTER)):
 @pytest.mark.parametrize("name", SHOWN)
 def test_answer(cli, name, how):
     answer, code, text, reasoning, told = SHOWN[name]
-    is_silent = answer in (SILENT, SILENT_FROM_THE_START)
+    is_silent = answer in (SILENT_ANSWER, SILENT_FROM_THE_START)
     timeout = "--timeout=0.3" if is_silent else f"--timeout={PATIENCE}"
     with serve(answer) as server:
         got, out, err = cli(*to(server), timeout, *how.split(), "hi")
@@ -3621,7 +7665,7 @@ def test_a_conversation_goes_on_where_its_answer_was_cut_off(cli, kept):
 
 
 THOUGHT_CALL = http(event(reasoning_details=[{"type": "x"}]), tool_call("{}"), *CALLED)
-KEPT = {  # the answer, and the message that is kept of it
+KEPT_MESSAGES = {  # the answer, and the message that is kept of it
     "thinking is not": (http(*THOUGHTFUL), assistant("Hello")),
     "a refusal is": (http(event(refusal="No."), *STOP), assistant("No.")),
     "at a limit": (
@@ -3636,9 +7680,9 @@ KEPT = {  # the answer, and the message that is kept of it
 
 
 @pytest.mark.parametrize("how", ["", "--no-stream", "--json"])
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", KEPT_MESSAGES)
 def test_what_is_kept_of_an_answer(cli, kept, name, how):
-    answer, message = KEPT[name]
+    answer, message = KEPT_MESSAGES[name]
     with serve(answer) as server:
         cli(*to(server), "-c", str(kept), *how.split(), "hi")
     if message:
@@ -4021,7 +8065,7 @@ def test_reasoning_is_dim_and_the_dots_leave_no_trace(env):
 
 
 def test_text_thinking_and_notes_have_lines_of_their_own():
-    with serve(in_turn(BETWEEN, FULL)) as server:
+    with serve(in_turn(BETWEEN, FULL_ANSWER)) as server:
         for shown in ("Hel\nsee.\nlo\n", f"Hello\n{FULL_NOTE}"):
             with at_terminal(*to(server), "hi") as tty:
                 assert screen(tty.end()[1]) == shown
