@@ -5,7 +5,7 @@
     Server-sent events           against the standard
     Chat types, Accumulating
     How an answer can end        a section for each row of the README's table
-    What servers mean            by kind: errors, ends, tool calls, messages as they came
+    What servers mean            errors, ends, tool calls, messages, by kind
     Many streams; HTTP/2, TLS
     The request                  and the secrets in it
     The life of a stream         nothing hangs, nothing is another's, nothing is lost
