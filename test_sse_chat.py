@@ -59,7 +59,7 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
-from hypothesis import Phase, assume, example, given, settings, stateful
+from hypothesis import Phase, example, given, settings, stateful
 from hypothesis import strategies as st
 
 import sse_chat
@@ -107,8 +107,6 @@ pytestmark = [
 NOT_YET = [
     "test_decoders_follow_the_standard_however_bytes_are_cut",
     "test_readme_names_no_class_that_there_is_not",
-    "new connections that break",
-    "a new connection that breaks",
 ]
 
 # ---- Vocabulary: the bytes that servers send -----------------------------------------
@@ -912,6 +910,8 @@ BY_NAME = {
     "service_tier": st.just("default"),
     "reasoning_content": st.text("r", min_size=1),
     "function_call": st.fixed_dictionaries({"arguments": WORDS, "name": WORDS}),
+    # A JSON object, as an accumulator mends arguments that are none.
+    "arguments": st.sampled_from(["{}", '{"a": [1, 2]}', '{"ü": "🙂"}']),
     "annotations": st.just([{"type": "url_citation", "url_citation": CITATION}]),
     "audio": st.just({"id": "a", "data": "", "expires_at": 1, "transcript": "t"}),
     # What is no field of ours; Gemini refuses the next turn without its own.
@@ -991,7 +991,7 @@ def as_openai_has_it(ours, theirs):
 
 @given(sent_as(ANSWER_TYPES))
 def test_types_hold_and_print_the_same_as_openais(answer):
-    model, sent = answer[0], without(answer[1], "extra", "timings")
+    model, sent = answer[0], without(answer[1], "extra", "extra_content", "timings")
     theirs = getattr(needs("openai.types.chat"), model.__name__).model_validate(sent)
     ours = model.from_dict(sent)
     assert repr(ours) == as_openai_has_it(ours, theirs)
@@ -1016,13 +1016,20 @@ ANY_JSON = st.recursive(
 )
 
 
+def repaired(value):
+    """The same with U+FFFD for each lone half of a character."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+    return json.loads(text.decode("utf-16", "replace"))
+
+
 @examples(2)
 @given(sent_as(CHAT_TYPES, wrong=ANY_JSON))
 def test_from_dict_never_raises(answer):
     model, sent = answer
     before = copy.deepcopy(sent)
     made = model.from_dict(sent)
-    assert model.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    back = made.to_dict()
+    assert model.from_dict(back).to_dict() == repaired(back) == back
     assert isinstance(repr(made), str)
     if model in ANSWER_TYPES:
         assert isinstance(made.text, str) and isinstance(made.reasoning, str)
@@ -1046,7 +1053,6 @@ def indices_of(choice):
 @given(ODD_CHOICES)
 def test_only_indices_make_a_chunk_invalid(choice):
     chunk, indices = indices_of(choice)
-    assume(min(indices) >= 0)
     known = max(indices) < 1024
     with contextlib.nullcontext() if known else pytest.raises(ValueError):
         completion = accumulate([chunk, chunk])
@@ -1055,7 +1061,7 @@ def test_only_indices_make_a_chunk_invalid(choice):
 
 def test_the_choices_of_the_test_above_hold_large_indices():
     [share] = shares(ODD_CHOICES, lambda choice: max(indices_of(choice)[1]) >= 1024)
-    assert 0.05 < share < 0.5
+    assert 0.05 < share < 0.8
 
 
 # A delta or message; its text and its reasoning
@@ -1105,6 +1111,7 @@ CHOICES = [
     ({"finish_reason": None, "finishReason": "STOP"}, (5, "STOP")),
     ({"finish_reason": "stop", "finishReason": "STOP"}, (6, "stop")),
     ({"finish_reason": "\ud83d"}, (7, "\ufffd")),
+    ({"index": -1, "finish_reason": "stop"}, (8, "stop")),
 ]
 
 
@@ -1187,7 +1194,8 @@ def pieces_of(value, by, name=""):
     if isinstance(value, dict):
         pieces = [(IN_CHUNKS.get(k, k), pieces_of(v, by, k)) for k, v in value.items()]
         queues = [[{k: piece} for piece in queue] for k, queue in pieces]
-        return shuffled(queues, by)
+        # What follows the end of a choice would open it again.
+        return sorted(shuffled(queues, by), key=lambda piece: "finish_reason" in piece)
     if isinstance(value, list):
         return [[item] for item in value]
     if name not in CUT_ANYWHERE:
@@ -1237,14 +1245,14 @@ def test_chunks_accumulate_to_the_whole_answer(stream):
 TOOL_CALLS = {
     "by index in any order": ("1|b|g|2 0|a|f|1 1|||2", "a|f|1 b|g|22"),
     "by index and not by place": ("1|b|g|2+0|a|f|1 0|||3+1|||4", "a|f|13 b|g|24"),
-    "id and name are set once": ("0|a|f|1 0|a|g|2 0|||3", "a|f|123"),
+    "a name in pieces": ("0|a|f|1 0|a|g|2 0|a|fg|3 0|||4", "a|fg|1234"),
     "id and name may come late": ("0|||1 0|a||2 0||f|", "a|f|12"),
     "another id is another call": ("0|a|f|1 0|b|g|2 0|||3", "a|f|1 b|g|23"),
     "without index by place": ("|a|f|1+|b|g|2 |||3+|||4", "a|f|13 b|g|24"),
     "without id and index by place": ("||f|1+||g|2 |||3+|||4", "|f|13 |g|24"),
     "a new id opens a call": ("|a|f|1 |b|g|2 |||3", "a|f|1 b|g|23"),
     "a known id continues it": ("|a|f|1 |b|g|2 |a||3", "a|f|13 b|g|2"),
-    "an index then none": ("0|a|f|1 1|b|g|2 |||3 |b||4", "a|f|13 b|g|24"),
+    "an index then none": ("0|a|f|1 1|b|g|2 |||3 |a||4", "a|f|14 b|g|23"),
 }
 
 
@@ -1302,7 +1310,7 @@ def test_a_choice_that_failed_has_no_finish_reason():
 
 
 def levels(number):
-    return functools.reduce(lambda inner, _: [inner], range(number - 1), 1)
+    return functools.reduce(lambda inner, _: [inner], range(number), 1)
 
 
 def with_calls(*calls):
@@ -1326,7 +1334,7 @@ LIMITS = {
     ),
     "levels in a call": (100, lambda n: with_calls({"x": levels(n)})),
     "levels in logprobs": (
-        98,
+        97,
         lambda n: {"choices": [{"logprobs": {"content": [{"bytes": levels(n)}]}}]},
     ),
     "levels in usage": (99, lambda n: {"usage": {"x": levels(n)}}),
@@ -1340,13 +1348,9 @@ def test_accumulating_refuses_more_than_the_limits(most, sent):
     accumulator = ChatAccumulator()
     for chunk in ({"choices": [{"delta": {"x": {"a": 1}}}]}, sent(most)):
         accumulator.add(ChatCompletionChunk.from_dict(chunk))
+    assert accumulator.completion.choices or accumulator.completion.raw
     with pytest.raises(ValueError):
         accumulator.add(ChatCompletionChunk.from_dict(sent(most + 1)))
-
-
-def test_accumulating_refuses_a_negative_index_of_a_choice():
-    with pytest.raises(ValueError):
-        accumulate([chunk_of({}, index=-1)])
 
 
 def test_the_completion_may_be_taken_at_any_time():
@@ -1466,6 +1470,7 @@ BODIES |= {
     "n=2": body(None, *BEGUN, OTHER_STOPPED, STOPPED, options={"n": 2}),
     "n=2, one begun, [DONE]": body(None, *BEGUN, DONE, finish=None, options={"n": 2}),
     "error null": body(None, *BEGUN, choices(error=None), *ENDING),
+    "choice -1": body(None, *BEGUN, event(finish="stop", index=-1)),
     "choice 1023": body(None, *BEGUN, event(finish="x", index=1023), *ENDING),
     "tool call 1023": body(None, calls([1023]), *HELLO),
     "odd tool calls": body(None, calls(["x", None, 0.5, [], {}, True]), *HELLO),
@@ -1629,9 +1634,9 @@ SHAPES = {
         {"error": {"message": [CANARY, "x"]}},
         (None, None, None, f"{CANARY}; x"),
     ),
-    "an unknown message": (
+    "a text in the message": (
         {"error": {"message": {"text": CANARY}}},
-        (None, None, None, f'{{"text": "{CANARY}"}}'),
+        (None, None, None, CANARY),
     ),
     "odd code and type": (
         {"error": {"message": CANARY, "code": [], "type": 5}},
@@ -1730,8 +1735,8 @@ SERVERS |= {
     "no token: a slow head": (SLOW_HEAD, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: heads before the head": (SLOW_102, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: a slow error": ([ERROR_HEAD, ALIVE], ASYNC_FIRST, Timeout, LATE, ""),
-    "no models: silence": ([GONE], LIST | FIRST, Timeout, LATE, ""),
-    "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, LATE, ""),
+    "no models: silence": ([GONE], LIST | FIRST, Timeout, "0.3 s", ""),
+    "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, "0.3 s", ""),
 }  # fmt: skip
 
 
@@ -1769,7 +1774,6 @@ BODIES |= {
     "[DONE] alone": body(Invalid, DONE, text="", says=r"\[DONE\]"),
     "[DONE] after usage": body(Invalid, USAGE_ALONE, DONE, text="", says=r"\[DONE\]"),
     "choice 1024": body(Invalid, *BEGUN, event(index=1024), DONE, says="1024"),
-    "choice -1": body(Invalid, *BEGUN, event(index=-1), DONE, says="-1"),
     "tool call 1024": body(Invalid, *BEGUN, calls([1024]), DONE, says="1024"),
 }
 SERVERS |= {
@@ -1923,11 +1927,11 @@ ATTEMPTS = {
     "seven retries": ([refuse(503)], {"max_retries": 7}, Status, 8, BACKOFF),
     # A kept connection that breaks may have been dead: the client asks again at once.
     "dead connections": ([b"", b"", GOOD], OWN, None, 3, AT_ONCE),
-    "half a head, no HTTP": (
-        [HALF_HEAD, b"gibberish\r\n\r\n"], OWN, Unreachable, 4, AT_ONCE,
-    ),
+    "half a head": ([HALF_HEAD], OWN, Unreachable, 4, AT_ONCE),
+    # What breaks the rules of HTTP does so again.
+    "no HTTP": ([b"gibberish\r\n\r\n"], OWN, Unreachable, 1, None),
     "a head without end": (
-        [play(OPEN_HEAD, b"X: ", MUCH)], OWN | NO_RETRY, Unreachable, 2, AT_ONCE,
+        [play(OPEN_HEAD, b"X: ", MUCH)], OWN, Unreachable, 1, None,
     ),
     # A client of ours that serves one call has kept none.
     "new connections that break": ([b"", b"", GOOD], {}, None, 3, BACKOFF),
@@ -2306,25 +2310,40 @@ def test_an_answer_is_not_whole_before_its_end(body):
         assert body.text.startswith(answer.completion.text)
 
 
+def datas_in(event):
+    """The data of an event; its lines one by one, where it is no JSON as a whole."""
+    try:
+        json.loads(event.data)
+    except ValueError:
+        return event.data.split("\n")
+    return [event.data]
+
+
 def judged(body):
     """The table of endings once more, for a stream that holds nothing but choices."""
     text, reasons = "", {}
+    # Beside the standard: space before all, and a line of nothing but [DONE].
+    body = re.sub(rb"\A(\xef\xbb\xbf)?\s+", b"", body)
+    body = re.sub(rb"(?<![^\r\n])[ \t]*(\[DONE\][ \t]*)(?![^\r\n])", rb"data: \1", body)
     ended = len(list(iter_sse([body])))  # the rest, no blank line ended
-    for number, event in enumerate(iter_sse([body, b"\n\n"]), 1):
-        if event.data.startswith("[DONE]"):
+    events = enumerate(iter_sse([body, b"\n\n"]), 1)
+    for number, data in ((n, data.strip()) for n, e in events for data in datas_in(e)):
+        if data.startswith("[DONE]"):
             return text, NoneType if reasons else Invalid
         try:
-            choices = json.loads(event.data or "{}").get("choices", [])
+            payload = json.loads(data or "{}")
         except ValueError:
             if number > ended:
-                break
+                continue
             return text, Invalid
+        choices = payload.get("choices") or []
         choices = choices if isinstance(choices, list) else []
         for place, choice in enumerate(c for c in choices if isinstance(c, dict)):
             index, delta = choice.get("index", place), choice.get("delta")
             reasons[index] = choice.get("finish_reason") or reasons.get(index)
-            if index == 0 and isinstance(delta, dict):
-                text += delta.get("content", "")
+            if isinstance(delta, dict) and delta.get("content"):
+                text += delta["content"] * (index == 0)
+                reasons[index] = choice.get("finish_reason")  # text opens it again
     return text, NoneType if reasons and all(reasons.values()) else Truncated
 
 
@@ -3163,9 +3182,18 @@ PIECE["choices"] = [{"index": 0, "message": REPLY, "finish_reason": "stop"}]
 PIECE["usage"] = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
 IN_ONE_PIECE = json_response(PIECE)
 FULL = http(*CUT, event(finish="length"), DONE)
+FULL_OF_THINKING = http(event(reasoning="hm"), event(finish="length"), DONE)
 FILTERED = http(*CUT, event(finish="content_filter"), DONE)
 LINES_KEPT = http(event("\n\n"), event(" Hi"), event("\n\n"), *STOP)
 HALVES = http(event("\ud83d"), event("\ude42 \ud83d"), *STOP)
+ENDED_BY_ERROR = http(*CUT, event(finish="error"), DONE)
+SILENT_FROM_THE_START = play(HEAD, GONE)
+NO_EVENT = http(*CUT, b"data: oops\n\n")
+LIMITS = ("MAX_TOKENS", "max_output_tokens", "model_context_window_exceeded")
+FILTERS = ("SAFETY", "content-filter")
+AT_LIMIT = ".*stopped at the token limit\n"
+AT_FILTER = ".*stopped at a content filter\n"
+IS_EMPTY = "the answer is empty\n"
 TAG = "strip <think> tags, then return. Done."
 SPACED = " \n<think>\nhm\n</think>\n\n  Hello\n"
 
@@ -3175,7 +3203,9 @@ SHOWN = {
     "whole": (http(*HELLO), 0, "Hello\n", "", ""),
     "in one piece": (IN_ONE_PIECE, 0, "Hello\n", "hm\n", ""),
     "thinking": (http(*THOUGHTFUL), 0, "Hello\n", "Let me see.and think\n", ""),
-    "thinking alone": (http(event(reasoning="hm"), *STOP), 0, "", "hm\n", ""),
+    "thinking alone": (http(event(reasoning="hm"), *STOP), 3, "", "hm\n", IS_EMPTY),
+    "empty": (http(*STOP), 3, "", "", IS_EMPTY),
+    "blank": (http(event(" \n"), *STOP), 3, " \n", "", IS_EMPTY),
     "thinking between": (BETWEEN, 0, "Hello\n", "see.\n", ""),
     "white space": (http(event(SPACED), *STOP), 0, "  Hello\n", "\nhm\n", ""),
     "a tag in the text": (http(event(TAG), *STOP), 0, TAG + "\n", "", ""),
@@ -3190,28 +3220,95 @@ SHOWN = {
     "torn JSON": (IN_ONE_PIECE[:-20], 3, "", "", ".*cut off"),
     "torn in a tag": (http(event("<thi")), 3, "<thi\n", "", ".*cut off"),
     "silent": (SILENT, 3, "Hello\n", "", "."),
-    "full": (FULL, 3, "Hello\n", "", ".*stopped at the token limit\n"),
-    "filtered": (FILTERED, 3, "Hello\n", "", ".*stopped at a content filter\n"),
+    "silent from the start": (SILENT_FROM_THE_START, 1, "", "", ".*first token"),
+    "failed": (ENDED_BY_ERROR, 3, "Hello\n", "", ".*'error'"),
+    "a bad event": (NO_EVENT, 1, "Hello\n", "", ".*oops"),
+    "[DONE] alone": (http(DONE), 1, "", "", ".*no answer"),
+    "nothing": (http(), 1, "", "", ".*empty"),
+    "full": (FULL, 3, "Hello\n", "", AT_LIMIT),
+    "filtered": (FILTERED, 3, "Hello\n", "", AT_FILTER),
+    "full of thinking": (FULL_OF_THINKING, 3, "", "hm\n", AT_LIMIT),
 }
+for words, told in ((LIMITS, AT_LIMIT), (FILTERS, AT_FILTER)):
+    for word in words:
+        answer = http(*CUT, event(finish=word), DONE)
+        SHOWN[f"finish_reason {word}"] = answer, 3, "Hello\n", "", told
 
 
 @pytest.mark.parametrize("how", ["", "--no-stream", "--hide-reasoning", "--json"])
 @pytest.mark.parametrize("name", SHOWN)
 def test_answer(cli, name, how):
     answer, code, text, reasoning, told = SHOWN[name]
-    timeout = "--timeout=0.3" if answer is SILENT else "--timeout=20"
+    is_silent = answer in (SILENT, SILENT_FROM_THE_START)
+    timeout = "--timeout=0.3" if is_silent else f"--timeout={PATIENCE}"
     with serve(answer) as server:
         got, out, err = cli(*to(server), timeout, *how.split(), "hi")
     if how == "--json":  # what came stays printed, as it came
         chunks = map(ChatCompletionChunk.from_dict, map(json.loads, out.splitlines()))
-        assert text.strip() in accumulate(chunks).text or name == "a refusal"
-    else:
-        assert out == text
-    assert got == code
+        out = shown_of(accumulate(chunks))
+    assert (got, out) == (code, text)
     # What was said comes first, what to do may come in a second line.
     told = rf"sse_chat: {told}[^\n]*\n?([^\n]+\n)?" if told else ""
     shown = how in ("", "--no-stream")
     assert re.fullmatch(re.escape(reasoning * shown) + told, err)
+
+
+def shown_of(completion: ChatCompletion) -> str:
+    """What the program writes of an answer on standard output."""
+    said = completion.text
+    for choice in completion.choices:
+        said += choice.message.refusal or ""
+    pairs = sse_chat.split_thinking([said])
+    said = "".join(text for is_thinking, text in pairs if not is_thinking)
+    return said if said.endswith("\n") or not said else f"{said}\n"
+
+
+def tool_call(arguments: str, index: int = 0) -> bytes:
+    """A chunk with a tool call, all of it at once."""
+    function = {"name": "weather", "arguments": arguments}
+    piece = {"index": index, "id": f"c{index}", "type": "function"}
+    return event(tool_calls=[piece | {"function": function}])
+
+
+CALLED = (event(finish="tool_calls"), DONE)
+PARIS = '{"name": "weather", "arguments": {"city": "Paris 你"}}\n'
+NOWHERE = '{"name": "weather", "arguments": "{oops"}\n'
+CUSTOM_CALL = {"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls -l"}}
+CUSTOM = {"role": "assistant", "content": None, "tool_calls": [CUSTOM_CALL]}
+TOOL_CALLS_SHOWN = {
+    "a call": ([tool_call('{"city": "Paris 你"}'), *CALLED], 0, PARIS),
+    "text and two calls": (
+        [*CUT, tool_call('{"city": "Paris 你"}'), tool_call("{oops", 1), *CALLED],
+        0,
+        f"Hello\n{PARIS}{NOWHERE}",
+    ),
+    "a call at the limit": ([tool_call('{"ci'), event(finish="length"), DONE], 3, ""),
+    "a call that is cut off": ([tool_call('{"ci')], 3, ""),
+}
+
+
+@pytest.mark.parametrize("name", TOOL_CALLS_SHOWN)
+def test_a_whole_tool_call_is_a_line_of_json(cli, name):
+    answer, code, out = TOOL_CALLS_SHOWN[name]
+    with serve(http(*answer)) as server:
+        assert cli(*to(server), "hi")[:2] == (code, out)
+
+
+def test_a_custom_tool_call_shows_its_input(cli):
+    choice = {"index": 0, "message": CUSTOM, "finish_reason": "tool_calls"}
+    with serve(json_response(PIECE | {"choices": [choice]})) as server:
+        got = cli(*to(server), "--no-stream", "hi")
+    assert got == (0, '{"name": "sh", "arguments": "ls -l"}\n', "")
+
+
+@pytest.mark.parametrize("how", ["", "--no-stream"])
+def test_several_answers_are_parted_by_a_line(cli, how):
+    others = (event("<think>hm</think>Bye", index=1), event(finish="stop", index=1))
+    answer = http(CUT[0], *others, CUT[1], tool_call("{}"), *CALLED)
+    with serve(answer) as server:
+        code, out, err = cli(*to(server), *how.split(), "-o", "n=2", "hi")
+    called = '{"name": "weather", "arguments": {}}\n'
+    assert (code, out, err) == (0, f"Hello\n{called}---\nBye\n", "hm\n")
 
 
 def using(prompt: Any, completion: Any) -> bytes:
@@ -3220,11 +3317,20 @@ def using(prompt: Any, completion: Any) -> bytes:
 
 
 HI = http(*HELLO)
+KEYLESS = json_response({"error": {"message": "who?"}}, "401 Unauthorized")
 NO_ONE = f"cannot connect.*\n.*{NOBODY}.*ollama serve.*--base-url.*--demo"
 TIMES = r"first token after \d+\.\d\d s, all after \d+\.\d\d s\n\Z"
 BURST = http(event("x") * 5, using(7, 5), *STOP)
-NO_NUMBERS = ["\x1b[31m", "abc", True, 1.5, [], {}, -1, 10**400]
-NO_NUMBERS = [using(n, 5) for n in NO_NUMBERS] + [using(5, n) for n in NO_NUMBERS]
+NO_NUMBERS = {
+    "an escape": "\x1b[31m",
+    "a text": "abc",
+    "true": True,
+    "a fraction": 1.5,
+    "a list": [],
+    "an object": {},
+    "below zero": -1,
+    "without end": 10**400,
+}
 ODD = sse({"choices": [], "timings": {"n": "\u2028🙂"}})
 LINES_OUT = "".join(json.dumps(json.loads(e[6:])) + "\n" for e in (ODD, *HELLO[:3]))
 
@@ -3235,12 +3341,33 @@ RUNS = [
     ("hi --api-key sk", HI, 2, "", "--api-key"),
     ("hi -o temperature", HI, 2, "", "-o wants KEY=VALUE"),
     ("hi -o =1", HI, 2, "", "-o wants KEY=VALUE"),
-    ("hi -o api_key=sk", HI, 2, "", "api_key"),
+    ("hi -o api_key=sk", HI, 2, "", "api_key: set OPENAI_API_KEY"),
+    ("hi -o base_url=x", HI, 2, "", ": write -u URL"),
+    ("hi -o client=x", HI, 2, "", "client: the program makes its own"),
+    ("hi -o messages=[]", HI, 2, "", "messages: write -c FILE"),
+    ("hi -o model=x", HI, 2, "", "model: write -m NAME"),
+    ("hi -o stream=false", HI, 2, "", "stream: write --no-stream"),
+    ("hi -o system=x", HI, 2, "", "system: write -s TEXT"),
+    ("hi -o headers=1", HI, 2, "", "headers wants an object of texts"),
+    ('hi -o headers={"x":1}', HI, 2, "", "headers wants an object of texts"),
+    ("hi -o timeout=0", HI, 2, "", r"\Asse_chat: timeout: .*0 seconds"),
+    ("hi -u ftp://x", HI, 2, "", r"\Asse_chat: --base-url: "),
+    ("hi -c /nowhere/s.json", HI, 1, "", "/nowhere/s.json is not the name of a file"),
+    ("hi -c /", HI, 1, "", "/ is not the name of a file"),
+    ("hi -c /dev/null", HI, 1, "", "/dev/null is not the name of a file"),
     ("hi --timeout soon", HI, 2, "", "--timeout"),
     ("hi --timeout 0", HI, 2, "", "timeout"),
     ("hi -u http://host:port/v1", HI, 2, "", "http://"),
     ("-", HI, 2, "", "no prompt"),
-    ("- < a\xe9", HI, 2, "", "UTF-8"),
+    ("- < \n \n", HI, 2, "", "no prompt"),
+    ("- < a\xe9", HI, 2, "", "standard input is not UTF-8"),
+    (
+        "hi",
+        KEYLESS,
+        1,
+        "",
+        r"\Asse_chat: who\?\nHTTP 401 at http:.*/v1: is OPENAI_API_KEY set to",
+    ),
     (f"hi -u {NOBODY}", HI, 1, "", NO_ONE),
     ("--list-models", listed("first", "second"), 0, "first\nsecond\n", r"\A\Z"),
     ("--list-models", SHOWN["refused"][0], 1, "", "no .*such thing"),
@@ -3251,9 +3378,6 @@ RUNS = [
     ("hi --usage --no-stream", IN_ONE_PIECE, 0, "Hello\n", rf"3 \+ 5 tokens, {TIMES}"),
     ("hi --usage", BURST, 0, "xxxxx\n", rf"\Asse_chat: m: 7 \+ 5 tokens, {TIMES}"),
 ]
-for usage in NO_NUMBERS:
-    answer = http(*CUT, usage, *STOP)
-    RUNS.append(("hi --usage", answer, 0, "Hello\n", rf"\Asse_chat: m: {TIMES}"))
 
 
 @pytest.mark.parametrize("row", RUNS, ids=[row[0] for row in RUNS])
@@ -3264,6 +3388,15 @@ def test_what_comes_of_the_arguments(cli, row):
         *got, err = cli(*to(server), *words.split(), stdin=stdin.encode("latin-1"))
     assert got == [code, out]
     assert re.search(told, err)
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_a_usage_that_is_no_number_of_tokens_is_left_out(cli, name):
+    for usage in (using(NO_NUMBERS[name], 5), using(5, NO_NUMBERS[name])):
+        with serve(http(*CUT, usage, *STOP)) as server:
+            code, out, err = cli(*to(server), "--usage", "hi")
+        assert (code, out) == (0, "Hello\n")
+        assert re.search(rf"\Asse_chat: m: {TIMES}", err)
 
 
 def test_each_chunk_is_flushed_and_a_closed_pipe_is_quiet():
@@ -3299,6 +3432,20 @@ PROCESSES = [
     ('PYTHONCOERCECLOCALE=0 LC_ALL=C "$@"', "--demo", 0, WROTE, ".+"),
     ('PYTHONCOERCECLOCALE=0 LC_ALL=C PYTHONUTF8=0 "$@"', "--demo", 0, WROTE, ".+"),
     (f'{PROXIES} "$@"', "--demo", 0, WROTE, ".+"),
+    (
+        '"$@" "$(printf "say \\\\342\\\\200")"',
+        "--demo",
+        2,
+        "",
+        ".*prompt: invalid UTF-8.*",
+    ),
+    (
+        'cd "${2%/*}"; python=$1; shift 2; exec "$python" -m sse_chat "$@"',
+        "--version",
+        0,
+        "sse_chat [0-9.]+\n",
+        "",
+    ),
 ]
 
 
@@ -3342,7 +3489,9 @@ REQUESTS = [
     ("sum up", "-\n", {}, user("-\n\nsum up")),
     ("-", "from the pipe\n", {}, user("from the pipe")),
     ("", "from the pipe\n", {}, user("from the pipe")),
-    ("why --json is it - so", "", {}, user("why is it - so")),
+    ("why - so", "in\nhere", {}, user("why\n\nin\nhere\n\nso")),
+    ("why --json is it - so", "", {}, user("why is it\n\nso")),
+    ("", "\ufeffa\r\nb\r\n", {}, user("a\nb")),
     ("hi --model m --system brief", "", {}, {"model": "m"} | BRIEF),
     ("hi", "", {}, {"model": "of-env", "stream": True, "stream_options": None}),
     ('hi -o top_p=0.2 -o stop=["\\n"]', "", {}, {"top_p": 0.2, "stop": ["\n"]}),
@@ -3372,57 +3521,251 @@ for host, base in map(str.split, HOSTS.strip().split("\n")):
     REQUESTS.append(("hi", "", {"OLLAMA_HOST": f" {host} "}, {"url": base + "/v1"}))
 
 
-@pytest.mark.parametrize("row", REQUESTS, ids=[row[0][:30] for row in REQUESTS])
+def in_words(row: tuple[str, str, dict[str, str], Any]) -> str:
+    args, stdin, env, _ = row
+    words = [args[:30], *(f"{name}={env[name]}" for name in env)]
+    return " ".join(filter(None, [*words, stdin and f"< {stdin!r}"]))
+
+
+@pytest.mark.parametrize("row", REQUESTS, ids=map(in_words, REQUESTS))
 def test_what_is_asked_and_where(cli, row):
     args, stdin, env, expected = row
     env = {"OPENAI_MODEL": "of-env"} | env
     code, out, err = cli("--dry-run", *args.split(), stdin=stdin.encode(), **env)
     assert (code, err) == (0, "")
-    shown = json.JSONDecoder().raw_decode(out)[0]
-    url = httpx.URL(shown["url"].removesuffix("/chat/completions"))
-    sent = shown["body"] | {"url": url}
+    [(url, body)] = re.findall(
+        r'(?s)"(http\S*)/chat/completions" <<.END.\n(.*)\nEND', out
+    )
+    sent = json.loads(body) | {"url": httpx.URL(url)}
     assert {name: sent.get(name) for name in expected} == expected
 
 
-# A login, options, and the variables that the curl line wants.
-DRY = [
-    ("", "-o stop=' --usage", {"OPENAI_API_KEY": "sk-secret"}),
-    ("", "--no-stream -s brief", {}),
-    ("me:hush%20hush@", "", {"LOGIN_BASE64": "bWU6aHVzaCBodXNo"}),
-]
-OURS = "post /|accept|authorization|content-type|user-agent"
+# The login, the query, arguments, and the variables that the command wants.
+HIDDEN = {"COOKIE": "sid=hidden; b=2", "API_KEY": "sk-hidden"}
+OF_A_CALL = {
+    "cookie": HIDDEN["COOKIE"],
+    "Api-Key": HIDDEN["API_KEY"],
+    "x-mine": 'a"$b`\\',
+}
+DRY = {
+    "key": ("", "", ["-o", "stop='", "--usage"], {"OPENAI_API_KEY": "sk-secret"}),
+    "no key": ("", "", ["--no-stream", "-s", "brief"], {}),
+    "login": ("me:hush%20hush@", "", [], {"AUTHORIZATION": "Basic bWU6aHVzaCBodXNo"}),
+    "query": ("", "?v=1&sub-key=sk-hidden&w=$x", [], {"SUB_KEY": "sk-hidden"}),
+    "headers": ("", "", ["-o", f"headers={json.dumps(OF_A_CALL)}"], HIDDEN),
+    "large": ("", "", ["-s", 100_000 * "好"], {}),
+}
+OURS = "post /|accept|api-key|authorization|content-type|cookie|user-agent|x-mine"
 
 
-@pytest.mark.parametrize(("login", "options", "variables"), DRY)
-def test_dry_run_is_the_very_request(cli, login, options, variables):
+@pytest.mark.parametrize("name", DRY)
+def test_dry_run_is_a_command_that_sends_the_very_request(cli, name):
+    login, query, options, variables = DRY[name]
     key = {k: v for k, v in variables.items() if k == "OPENAI_API_KEY"}
     with serve(listed("first", "second")) as server:
-        url = server.url.replace("//", f"//{login}") + "?v=1&api-key=sk-hidden"
-        args = ["-u", url, *options.split(), "it's $KEY `你好`"]
-        code, out, err = cli("--dry-run", *args, **key)
+        url = server.url.replace("//", f"//{login}") + query
+        args = ["-u", url, *options, "it's $KEY `你好` \\ \nEND\n"]
+        code, command, err = cli("--dry-run", *args, **key)
         assert (code, err, len(server.bodies)) == (0, "", 1)  # which models there are
-        assert not re.search("sk-secret|sk-hidden|hush", out)
-        assert ("$OPENAI_API_KEY" in out) == bool(key)
+        assert not any(secret in command for secret in (*variables.values(), "hush"))
         assert cli(*args, **key)[0] == 0
-        shown, end = json.JSONDecoder().raw_decode(out)
-        assert shown["url"] == server.url + "/chat/completions"
-        assert shown["body"] == json.loads(server.bodies[-1])
-        assert shown["body"]["model"] == "first"
-        assert ("Bearer sk-secret" in server.heads[-1]) == bool(key)
+        body = json.loads(server.bodies[-1])
+        assert body["model"] == "first"
         if not shutil.which("curl"):
             pytest.skip("there is no curl here")
-        env = os.environ | {"QUERY": "v=1&api-key=sk-hidden"} | variables
-        subprocess.run(out[end:], shell=True, env=env, capture_output=True, check=True)
-        assert json.loads(server.bodies[-1]) == shown["body"]
+        env = os.environ | variables
+        subprocess.run(["sh"], input=command.encode(), env=env, check=True)
+        assert json.loads(server.bodies[-1]) == body
         sent, curled = (head.lower().split("\r\n") for head in server.heads[-2:])
     ours = [line for line in sent if re.match(OURS, line)]
     assert (len(ours) > 3, set(ours) - set(curled)) == (True, set())
 
 
+# ---- The program's conversations in a file -------------------------------------------
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Messages, the first of them the user's."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A file that is not there, where a conversation can be kept."""
+    return tmp_path / "kept.json"
+
+
+def beside(path: Path) -> list[str]:
+    return sorted(each.name for each in path.parent.iterdir())
+
+
+def test_a_conversation_goes_on_where_its_answer_was_cut_off(cli, kept):
+    with serve(in_turn(http(*CUT), HI)) as server:
+        args = to(server, "-c", str(kept))
+        assert cli(*args, "-s", "brief", "a 你 story")[:2] == (3, "Hello\n")
+        brief = [{"role": "system", "content": "brief"}]
+        first = [*brief, *turns("a 你 story", "Hello")]
+        assert json.loads(kept.read_bytes()) == first
+        assert "你" in kept.read_text(encoding="utf-8")
+        assert cli(*args, stdin=b"go on") == (0, "Hello\n", "")
+        assert json.loads(server.bodies[-1])["messages"] == [*first, *turns("go on")]
+        assert json.loads(kept.read_bytes()) == [*first, *turns("go on", "Hello")]
+        assert cli(*args, "-s", "", "more")[0] == 0  # without a system message
+        assert asked(server)[0] == ("user", "a 你 story")
+    assert beside(kept) == ["kept.json"]
+
+
+THOUGHT_CALL = http(event(reasoning_details=[{"type": "x"}]), tool_call("{}"), *CALLED)
+KEPT = {  # the answer, and the message that is kept of it
+    "thinking is not": (http(*THOUGHTFUL), assistant("Hello")),
+    "a refusal is": (http(event(refusal="No."), *STOP), assistant("No.")),
+    "at a limit": (
+        http(*CUT, tool_call("{"), event(finish="length"), DONE),
+        assistant("Hello"),
+    ),
+    "an error": (refused("no"), None),
+    "nothing": (http(*STOP), None),
+    "thinking alone": (http(event(reasoning="hm"), *STOP), None),
+    "a call that is cut off": (http(tool_call("{")), None),
+}
+
+
+@pytest.mark.parametrize("how", ["", "--no-stream", "--json"])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_of_an_answer(cli, kept, name, how):
+    answer, message = KEPT[name]
+    with serve(answer) as server:
+        cli(*to(server), "-c", str(kept), *how.split(), "hi")
+    if message:
+        assert json.loads(kept.read_bytes()) == [*turns("hi"), message]
+    else:
+        assert beside(kept) == []
+
+
+def test_a_tool_call_is_kept_with_all_that_the_server_wants_back(cli, kept):
+    with serve(in_turn(THOUGHT_CALL, HI)) as server:
+        args = to(server, "-c", str(kept))
+        cli(*args, "hi")
+        [_, message] = json.loads(kept.read_bytes())
+        assert message["reasoning_details"] == [{"type": "x"}]
+        assert message["tool_calls"][0]["function"]["name"] == "weather"
+        cli(*args, "go on")
+        assert json.loads(server.bodies[-1])["messages"][1] == message
+
+
+def test_the_file_of_a_conversation_keeps_its_mode_and_its_links(cli, kept):
+    target = kept.with_name("target.json")
+    target.write_bytes(b"")  # as mktemp makes it
+    kept.symlink_to(target)
+    with serve(HI) as server:
+        for mode in (0o600, 0o664):
+            target.chmod(mode)
+            assert cli(*to(server), "-c", str(kept), "hi")[0] == 0
+            assert target.stat().st_mode & 0o7777 == mode
+    assert kept.is_symlink()
+    assert len(json.loads(target.read_bytes())) == 4
+    assert beside(kept) == ["kept.json", "target.json"]
+
+
+def test_a_file_that_has_changed_is_not_overwritten(cli, kept):
+    with serve(play(lambda _: kept.write_text("[] "), HI)) as server:
+        code, out, err = cli(*to(server), "-c", str(kept), "hi")
+    assert (code, out) == (1, "Hello\n")  # it is shown all the same
+    assert err == f"sse_chat: {kept} is not saved: it has changed\n"
+    assert (kept.read_text(), beside(kept)) == ("[] ", ["kept.json"])
+
+
+def test_a_file_that_another_program_writes_is_not_overwritten(cli, kept):
+    lock = Path(f"{kept}.new")
+    lock.touch()
+    with serve(HI) as server:
+        code, out, err = cli(*to(server), "-c", str(kept), "hi")
+    assert (code, out) == (1, "Hello\n")
+    assert re.fullmatch(f"sse_chat: {kept} is not saved: {lock} exists: .*\n", err)
+    assert beside(kept) == [lock.name]
+
+
+def test_of_two_programs_on_one_file_one_says_that_its_turn_is_lost(kept):
+    both = threading.Barrier(2, timeout=PATIENCE)
+    with serve(play(lambda _: both.wait(), HI)) as server:
+        args = to(server, "-c", str(kept))
+        with started(*args, "one") as one, started(*args, "two") as two:
+            for program in (one, two):
+                program.stdin.close()
+            ends = [(each.stdout.read(), each.stderr.read()) for each in (one, two)]
+            codes = [one.wait(PATIENCE), two.wait(PATIENCE)]
+    assert sorted(codes) == [0, 1]
+    assert [out for out, _ in ends] == [b"Hello\n"] * 2
+    assert b"is not saved" in ends[codes.index(1)][1]
+    winner = ("one", "two")[codes.index(0)]
+    assert json.loads(kept.read_bytes()) == turns(winner, "Hello")
+    assert beside(kept) == ["kept.json"]
+
+
+def test_a_file_that_cannot_be_written_costs_no_answer(kept):
+    kept.write_text("[]")
+    wrap = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"]
+    with serve(HI) as server:
+        code, out, err = run(*to(server), "-c", kept, "hi", wrap=wrap)
+    assert (code, out) == (1, b"Hello\n")
+    assert re.fullmatch(rf"sse_chat: {kept} is not saved: .*large\n", err.decode())
+    assert (kept.read_text(), beside(kept)) == ("[]", ["kept.json"])
+
+
+# What is no list of messages, or none that can be sent.
+NO_CONVERSATION = {
+    "null": "null",
+    "an object": "{}",
+    "a text": '""',
+    "numbers": "[1]",
+    "texts": '["role"]',
+    "no role": "[{}]",
+    "half a list": "[",
+    "half a character": "[\ud800]",
+    "NaN": '[{"role": "user", "content": NaN}]',
+    "without end": '[{"role": "user", "content": 1e999}]',
+    "too deep": "[" * 100_000 + "]" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", NO_CONVERSATION)
+def test_a_file_that_is_no_conversation_is_left_alone(cli, kept, name):
+    text = NO_CONVERSATION[name].encode(errors="surrogatepass")
+    kept.write_bytes(text)
+    with serve(HI) as server:
+        code, out, err = cli(*to(server), "-c", str(kept), "hi")
+        assert (code, out, server.bodies) == (1, "", [])
+    assert re.fullmatch(f"sse_chat: {kept} is not .*\n", err)
+    assert kept.read_bytes() == text
+
+
+def test_ctrl_c_keeps_what_has_come(kept):
+    handle = in_turn(play(chunked(*CUT, end=False), GONE), play(HEAD, GONE))
+    with serve(handle) as server:
+        for out, told in ((b"Hello\n", b""), (b"", b"the question was not kept\n")):
+            begun = len(server.heads)
+            with started(*to(server), "-c", kept, "hi") as process:
+                process.stdin.close()
+                while len(server.heads) == begun:
+                    pause(0.01)
+                assert not out or process.stdout.read(5) == b"Hello"
+                pause(0.3)  # until it waits
+                process.send_signal(signal.SIGINT)
+                assert process.wait(PATIENCE) == 130
+                assert process.stdout.read() == out[5:]
+                assert process.stderr.read() == (told and b"sse_chat: " + told)
+            assert json.loads(kept.read_bytes()) == turns("hi", "Hello")
+
+
 def test_the_speed_is_that_between_the_first_and_the_last_token(cli):
-    for tokens in (3, 1):  # of one there is none
+    for tokens, wait in ((3, 0.3), (1, 0.1)):  # of one there is none
         pieces = [*[event("x")] * 3, using(7, tokens), *STOP]
-        with serve(play(HEAD, [(piece, 0.3) for piece in pieces])) as server:
+        with serve(play(HEAD, [(piece, wait) for piece in pieces])) as server:
             err = cli(*to(server), "--usage", "hi")[2]
         speed = re.search(r"([\d.]+) tokens/s\n\Z", err)
         assert 1.8 < float(speed[1]) < 4.6 if tokens > 1 else not speed
@@ -3618,7 +3961,7 @@ def at_terminal(*args: str, script: str = ON_IT, **env: str) -> Iterator[Termina
     master, slave = os.openpty()
     # The shell leads a session: the terminal that it opens is its own, with Ctrl-C.
     options = {"wrap": ["sh", "-c", script, os.ttyname(slave)], "INPUTRC": os.devnull}
-    with started(*args, **options, TERM="dumb", **env) as process:
+    with started(*args, **options, **{"TERM": "dumb"} | env) as process:
         yield Terminal(process, master)
     os.close(master)
     os.close(slave)
@@ -3677,6 +4020,78 @@ def test_reasoning_is_dim_and_the_dots_leave_no_trace(env):
     assert not env or "\x1b" not in shown
 
 
+def test_text_thinking_and_notes_have_lines_of_their_own():
+    with serve(in_turn(BETWEEN, FULL)) as server:
+        for shown in ("Hel\nsee.\nlo\n", f"Hello\n{FULL_NOTE}"):
+            with at_terminal(*to(server), "hi") as tty:
+                assert screen(tty.end()[1]) == shown
+
+
+FULL_NOTE = "sse_chat: the answer is not whole: it stopped at the token limit\n"
+TOLD_RETRY = r"sse_chat: asking again in 0\.\d s \(retry 1 of 2\): .*Busy.*\n"
+
+
+def test_a_retry_is_told_at_a_terminal_and_nowhere_else():
+    busy = http(b"Busy", status="503 Busy", kind="text/plain")
+    with serve(in_turn(busy, HI, busy, HI)) as server:
+        with at_terminal(*to(server), "hi") as tty:
+            code, shown = tty.end()
+        assert code == 0
+        assert re.fullmatch(f"{TOLD_RETRY}Hello\n", screen(shown))
+        assert run(*to(server), "hi") == (0, b"Hello\n", b"")
+
+
+def test_a_pasted_text_is_one_question():
+    with serve(HI) as server, at_terminal(*to(server), TERM="xterm") as tty:
+        assert "\x1b[?2004h" in tty.expect(">>> ")  # else a terminal marks no pastes
+        for text in ("one\ntwo\n\nthree", "/etc: a path\nand more\n"):
+            tty.send(f"\x1b[200~{text}\x1b[201~")
+            tty.say("")
+            assert asked(server)[-1] == ("user", text.strip())
+        assert len(server.bodies) == 2
+
+
+def test_ctrl_c_before_the_first_token_says_that_the_question_was_not_kept():
+    handle = in_turn(play(HEAD, event(reasoning="hm"), GONE), HI)
+    with serve(handle) as server, at_terminal(*to(server), NO_COLOR="1") as tty:
+        tty.expect(">>> ")
+        tty.send("one\r")
+        tty.expect("hm")
+        tty.send("\x03")
+        assert "sse_chat: the question was not kept\r\n" in tty.expect(">>> ")
+        assert screen(tty.say("two")) == "Hello\n"
+        assert asked(server) == [("user", "two")]
+
+
+def test_a_conversation_goes_on_with_its_file(kept):
+    kept.write_text(json.dumps(turns("before", "Hello")))
+    with serve(HI) as server, at_terminal(*to(server), "-c", str(kept)) as tty:
+        tty.expect(">>> ")
+        tty.say("one")
+        assert json.loads(kept.read_text()) == turns("before", "Hello", "one", "Hello")
+        tty.say("/clear")
+        assert json.loads(kept.read_text()) == []
+        tty.say("/system brief")
+        tty.say("two")
+        kept.write_text("[]")
+        told = tty.say("three")
+        assert re.search(
+            f"Hello\r\nsse_chat: {kept} is not saved: it has changed", told
+        )
+        assert asked(server)[0] == ("system", "brief")
+        assert kept.read_text() == "[]"
+
+
+@pytest.mark.parametrize("leave", ["/exit", "/quit"])  # others have /bye and Ctrl-D
+def test_a_conversation_is_left(leave):
+    with at_terminal("-m", "m", "-u", NOBODY) as tty:
+        tty.expect(">>> ")
+        assert "/clear" in tty.say("/help")
+        tty.send(f"{leave}\r")
+        code, shown = tty.end()
+    assert (code, "Traceback" in shown) == (0, False)
+
+
 def test_ctrl_c_stops_an_answer_and_never_the_conversation():
     hello = chunked(*THOUGHTFUL)
     begun = play(chunked(event("Parti"), event("al"), end=False), GONE)
@@ -3722,8 +4137,8 @@ def test_conversation_goes_on_after_errors():
         assert [text for _, text in asked(server)] == ["three", "Hello", "four"]
 
 
-def test_commands_of_a_conversation(tmp_path):
-    saved, wrong = tmp_path / "saved.json", {"OPENAI_BASE_URL": "ftp://x"}
+def test_commands_of_a_conversation(kept):
+    wrong = {"OPENAI_BASE_URL": "ftp://x"}
     both = listed("fir\x07st", "second")
     with serve(both) as server, at_terminal("-u", server.url, **wrong) as tty:
         assert "asking fir\\x07st\r\n" in tty.expect(">>> ")
@@ -3735,11 +4150,12 @@ def test_commands_of_a_conversation(tmp_path):
             ("/system be long", "set"),
             ("/model", "fir\\x07st\r\nsecond"),
             ("/model big", "big"),
-            (f"/save {saved}", f"saved 3 messages to {saved}"),
+            (f"/file {kept}", f"{kept} holds 3 messages"),
             ("more", "Hello"),
+            (f"/file {kept}.2", f"{kept}.2 holds 5 messages"),
             ("/clear", "forgotten"),
             ("fresh", "Hello"),
-            (f"/load {saved}", f"loaded 3 messages from {saved}"),
+            (f"/file {kept}", f"{kept} holds 5 messages"),
             ("again", "Hello"),
             ("/foo bar", "sse_chat: /foo is no command"),
             ("/clear", "forgotten"),
@@ -3748,47 +4164,38 @@ def test_commands_of_a_conversation(tmp_path):
             ("\x10", "Hello"),  # Ctrl-P: the one before
         ):
             assert answer in tty.say(line)
-        tty.send("/bye\r")
-        assert tty.end()[0] == 0
         posted = [number for number, body in enumerate(server.bodies) if body]
         turns = [asked(server, number) for number in posted]
         models = [json.loads(server.bodies[number])["model"] for number in posted]
     long, multi = ("system", "be long"), ("user", "/first\n\nsecond")
     hello, plain = ("assistant", "Hello"), ("user", 'plain """q"""')
+    more = [long, multi, hello, ("user", "more")]
     assert turns[0] == [multi]
-    assert turns[1] == [long, multi, hello, ("user", "more")]
+    assert turns[1] == more
     assert turns[2] == [long, ("user", "fresh")]
-    assert turns[3] == [long, multi, hello, ("user", "again")]
+    assert turns[3] == [*more, hello, ("user", "again")]
     assert turns[4:] == [[plain], [plain, hello, plain]]
     assert models == ["fir\x07st"] + ["big"] * 5
-    assert {"role": "assistant", "content": "Hello"} in json.loads(saved.read_text())
+    assert len(json.loads(kept.read_text())) == 4  # what was asked last
+    assert len(json.loads(Path(f"{kept}.2").read_text())) == 3
 
 
-# What is no list of messages, or none that can be sent.
-UNLOADABLE = ["null", "{}", '""', "[1]", '["role"]', "[{}]", "[", "[\ud800]"]
-UNLOADABLE += [f'[{{"role": "user", "content": {n}}}]' for n in ("NaN", "1e999")]
-UNLOADABLE += ["[" * 100_000 + "]" * 100_000]
-
-
-def test_files_that_fail_change_nothing(tmp_path):
-    saved, bad = tmp_path / "saved.json", tmp_path / "bad.json"
-    saved.write_text("old")
-    full = f"ulimit -f 0; {ON_IT}"
-    with serve(HI) as server, at_terminal(*to(server), script=full) as tty:
+def test_files_that_fail_change_nothing(kept, tmp_path):
+    kept.write_text("old")
+    with serve(HI) as server, at_terminal(*to(server)) as tty:
         tty.expect(">>> ")
         tty.say("one")
-        for text in UNLOADABLE:
-            bad.write_text(text, errors="surrogatepass")
-            told = tty.say(f"/load {bad}")
-            assert re.fullmatch("sse_chat: /load failed: .+\r\n", told)
-        for name in ("/load ", f"/load {tmp_path}", f"/load {tmp_path / 'nothing'}"):
-            assert re.fullmatch("sse_chat: .*\r\n", tty.say(name))
-        for name in ("", tmp_path, saved, os.devnull):
-            assert re.fullmatch("sse_chat: .*\r\n", tty.say(f"/save {name}"))
+        for name in ("", tmp_path, kept, tmp_path / "no" / "kept.json", os.devnull):
+            told = tty.say(f"/file {name}")
+            assert re.fullmatch(rf"sse_chat: {name or '/file'} \w.*\r\n", told)
         tty.say("two")
-        assert [text for _, text in asked(server)] == ["one", "Hello", "two"]
-    assert (saved.read_text(), Path(os.devnull).is_file()) == ("old", False)
-    assert {path.name for path in tmp_path.iterdir()} == {"saved.json", "bad.json"}
+        assert asked(server) == [
+            ("user", "one"),
+            ("assistant", "Hello"),
+            ("user", "two"),
+        ]
+    assert (kept.read_text(), beside(kept)) == ("old", ["kept.json"])
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_terminal_that_cannot_be_read_ends_the_conversation():
