@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["httpx"]
+# dependencies = ["httpx>=0.26"]
 # ///
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 The sse_chat authors
