@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["httpx"]
+# dependencies = ["httpx>=0.26"]
 # ///
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 The sse_chat authors
@@ -1757,7 +1757,7 @@ class _ChoiceBuilder:
             _merge(self._more, choice.extra)
         if choice.logprobs is not None:
             logprobs = choice.logprobs.raw or choice.logprobs.to_dict()
-            _merge(self._more, {"logprobs": logprobs}, 0)
+            _merge(self._more, {"logprobs": logprobs})
         if choice.finish_reason:
             self._finish(choice.finish_reason)
 
@@ -3002,10 +3002,10 @@ class _ChatEvents(SSEDecoder):
     def _process_unknown(self, line: bytes, events: list[ServerSentEvent]) -> None:
         name, _, value = line.partition(b":")
         if name == b"error":
-            events.append(ServerSentEvent("error", value.decode("utf-8", "replace")))
+            self._add_event("error", value, events)
             return
         if line.strip() == b"[DONE]":  # Anyscale
-            events.append(ServerSentEvent(data="[DONE]"))
+            self._add_event("message", line, events)
             return
         lines = self._json_lines
         if lines or line[:1] in (b"{", b"["):
@@ -3013,11 +3013,19 @@ class _ChatEvents(SSEDecoder):
             # Pretty-printed JSON ends with the first line that is not indented.
             is_last = line[:1] in (b"{", b"[", b"}", b"]") and line[-1:] in (b"}", b"]")
             if is_last or len(lines) > self._MAX_LINES_BYTES:
-                text = lines.decode("utf-8", "replace").strip()
+                data = bytes(lines.strip())
                 lines.clear()
-                payload, _ = _parse_json(text)
+                payload, _ = _parse_json(data.decode("utf-8", "replace"))
                 if _find_error(payload) is not None:
-                    events.append(ServerSentEvent("error", text))
+                    self._add_event("error", data, events)
+
+    def _add_event(self, kind: str, data: bytes, events: list[ServerSentEvent]) -> None:
+        """Add an event of one line, after the data that came before it in its block."""
+        if self._data:
+            text = b"\n".join(self._data).decode("utf-8", "replace")
+            events.append(ServerSentEvent(data=text))
+            self._data.clear()
+        events.append(ServerSentEvent(kind, data.decode("utf-8", "replace")))
 
 
 def _looks_truncated(text: str, problem: Exception) -> bool:

@@ -8,6 +8,7 @@ back goes through a terminal just large enough for it: lines, columns and the co
 that were really sent. Look at the picture before you commit it: the model is small.
 """
 
+import json
 import os
 import pty
 import re
@@ -55,14 +56,19 @@ STOP = "\x03"  # Ctrl-C, typed while an answer comes; all else waits for a promp
 SCENE = (
     "export OPENAI_BASE_URL={url}\n",
     f'echo "What do bees make?" | {ASK} | tr a-z A-Z\n',
-    f"{ASK}\n",
-    "What is the capital of Japan?\n",
-    "And of Spain?\n",
-    "Tell me a story.\n",
+    f'{ASK} -c s.json "Tell me a story."\n',
     STOP,
-    "What is the capital of Egypt?\n",
+    f"{ASK} -c s.json -o max_tokens=40\n",
+    "Go on.\n",
+    "What is the capital of Japan?\n",
     "\x04",
+    'python sse_chat.py --demo -o tool_choice=required -o tools="$(cat t.json)" hi\n',
 )
+# The demo server calls it: the model is too small for that.
+PROPERTIES = {"city": {"type": "string"}, "days": {"type": "integer"}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES]}
+FUNCTION = {"name": "weather", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 
 # By SGR number.
 STYLES = {"2": "dim", "32": "green"}
@@ -186,6 +192,7 @@ def main() -> None:
         assert server.stdout
         url = server.stdout.readline().strip()
         shutil.copy(BENCH.parent / "sse_chat.py", folder)
+        Path(folder, "t.json").write_text(json.dumps(TOOLS))
         try:
             output = play(url, folder) if url else sys.exit("terminal: no server")
         finally:
