@@ -52,6 +52,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import traceback
 import tracemalloc
 import typing
@@ -8581,6 +8582,15 @@ def test_each_row_of_the_table_of_endings_has_a_section_here():
     for row in table_under("How an answer can end")[1:]:
         _, ending, *_ = re.split(r" *\| *", row)
         assert ending in comments
+
+
+def test_the_file_as_a_script_needs_what_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    source = Path(__file__).with_name("sse_chat.py").read_text(encoding="utf-8")
+    [head] = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", source)
+    script = tomllib.loads(re.sub("(?m)^# ", "", head))
+    for name in ("requires-python", "dependencies"):
+        assert script[name] == project["project"][name]
 
 
 @pytest.mark.install
