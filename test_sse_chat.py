@@ -8512,13 +8512,13 @@ def test_readme_coming_from(diff, demo_url):
         exec("\n".join(lines), names := {"URL": demo_url + "/chat/completions"})
         texts = names["answer"](messages)
         if inspect.isasyncgen(texts):
-            texts = asyncio.run(listed(texts))
+            texts = asyncio.run(list_of(texts))
         answers.append("".join(texts))
     assert "blue whales" in answers[0]
     assert answers[0] == answers[1]
 
 
-async def listed(items: AsyncIterator[str]) -> list[str]:
+async def list_of(items: AsyncIterator[str]) -> list[str]:
     return [item async for item in items]
 
 
