@@ -52,6 +52,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import traceback
 import tracemalloc
 import typing
@@ -953,8 +954,8 @@ NOTHING = st.nothing()
 def field_types(model):
     """The type of each field that a server sends."""
     hints = typing.get_type_hints(model)
-    names = model.__dataclass_fields__.keys() - {"response_headers"}
-    return {name: hint for name, hint in hints.items() if name in names}
+    names = [field.name for field in dataclasses.fields(model)]
+    return {name: hints[name] for name in names if name != "response_headers"}
 
 
 def sent_for(hint, wrong=NOTHING, name=""):
@@ -8469,13 +8470,13 @@ def test_readme_coming_from(diff, demo_url):
         exec("\n".join(lines), names := {"URL": demo_url + "/chat/completions"})
         texts = names["answer"](messages)
         if inspect.isasyncgen(texts):
-            texts = asyncio.run(gathered(texts))
+            texts = asyncio.run(list_of(texts))
         answers.append("".join(texts))
     assert "blue whales" in answers[0]
     assert answers[0] == answers[1]
 
 
-async def gathered(items: AsyncIterator[str]) -> list[str]:
+async def list_of(items: AsyncIterator[str]) -> list[str]:
     return [item async for item in items]
 
 
@@ -8508,7 +8509,7 @@ def test_readme_takes_its_figures_from_the_benchmark():
 
 
 NAMED = set(re.findall(r"`(?:await )?(\w+)`", README))
-PUBLIC = [getattr(sse_chat, name) for name in sse_chat.__all__]
+PUBLIC_VALUES = [getattr(sse_chat, name) for name in sse_chat.__all__]
 
 
 def test_readme_names_all_that_is_public():
@@ -8529,7 +8530,7 @@ def test_readme_names_no_class_or_constant_that_there_is_not():
 def test_readme_names_no_attribute_that_there_is_not():
     named = set(re.findall(r"`\.(\w+)", "\n".join(table_under("All names"))))
     assert len(named) > 10
-    there_are = {*dir(ChatCompletion()), *(n for p in PUBLIC for n in dir(p))}
+    there_are = {*dir(ChatCompletion()), *(n for p in PUBLIC_VALUES for n in dir(p))}
     assert named - there_are == set()
 
 
@@ -8539,6 +8540,15 @@ def test_each_row_of_the_table_of_endings_has_a_section_here():
     for row in table_under("How an answer can end")[1:]:
         _, ending, *_ = re.split(r" *\| *", row)
         assert ending in comments
+
+
+def test_the_file_as_a_script_needs_what_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    source = Path(__file__).with_name("sse_chat.py").read_text(encoding="utf-8")
+    [head] = re.findall(r"(?ms)^# /// script\n(.*?)^# ///$", source)
+    script = tomllib.loads(re.sub("(?m)^# ", "", head))
+    for name in ("requires-python", "dependencies"):
+        assert script[name] == project["project"][name]
 
 
 @pytest.mark.install
