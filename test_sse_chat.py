@@ -1398,10 +1398,11 @@ def test_only_what_may_begin_a_tag_is_held_back():
 
 # ---- How an answer can end: a section for each row of the README's table -------------
 #
-# BODIES are bodies of answers and what their reader gets, SERVERS what a server does in
-# time. The tests of all of them, in every way to ask, stand after the last row.
+# BODIES are bodies of answers and what their reader gets, SERVERS what a server does,
+# SLOW_SERVERS what one does that takes its time. The tests of all of them, in every way
+# to ask, stand after the last row.
 
-BODIES, SERVERS = {}, {}
+BODIES, SERVERS, SLOW_SERVERS = {}, {}, {}
 
 
 def body(error, *parts, **more):
@@ -1420,11 +1421,11 @@ def each(form, values, row):
     return {form.format(value): row(value) for value in values}
 
 
-# What a server in SERVERS is asked with. Limits are short where nothing comes in time,
-# long where something has to come first.
-SHORT, LONG = {"timeout": 0.2}, {"timeout": 0.5}
-FIRST, FIRST_LONG = {"first_token_timeout": 0.2}, {"first_token_timeout": 0.5}
-ASYNC_ALONE, SYNC_ALONE = {"only": "async"}, {"only": "sync"}
+# What a server is asked with. Limits are short where nothing comes in time, long where
+# something has to come first.
+SHORT, LONG = {"timeout": 0.4}, {"timeout": 1.5}
+FIRST, FIRST_LONG = {"first_token_timeout": 0.4}, {"first_token_timeout": 1.5}
+ASYNC_ALONE = {"only": ASYNC}  # in sync code nothing bounds it
 GENERATE, LIST = {"how": "generate"}, {"how": "models"}
 EMPTY = event("", role="assistant")  # no token, as all that follow are one
 TOKENS = {
@@ -1476,19 +1477,21 @@ for reason in ("stop", "length", "tool_calls", "content_filter", "STOP"):
 
 GZIPPED = gzip.compress(HELLO_BYTES)
 SERVERS |= {
-    "no end after the last finish_reason": (
-        [HEAD, BEGUN, STOPPED, GONE], LONG, None, "", "Hello",
-    ),
     "a cut after [DONE]": ([chunked(*HELLO, end=False)], {}, None, "", "Hello"),
-    "a long answer without long silence": (
-        [HEAD, BEGUN, (PING, 0.12) * 6, ENDING], LONG, None, "", "Hello",
-    ),
-    "the first token in time": (
-        [HEAD, event(reasoning="hm"), 0.7, ENDING], FIRST_LONG, None, "", "",
-    ),
     "identity": ([encoded("identity", HELLO_BYTES)], {}, None, "", "Hello"),
     "an empty encoding": ([encoded("", HELLO_BYTES)], {}, None, "", "Hello"),
     "x-gzip": ([encoded("X-GZIP", GZIPPED)], {}, None, "", "Hello"),
+}  # fmt: skip
+SLOW_SERVERS |= {
+    "no end after the last finish_reason": (
+        [HEAD, BEGUN, STOPPED, GONE], LONG, None, "", "Hello",
+    ),
+    "a long answer without long silence": (
+        [HEAD, BEGUN, (PING, 0.3) * 6, ENDING], LONG, None, "", "Hello",
+    ),
+    "the first token in time": (
+        [HEAD, event(reasoning="hm"), 1.8, ENDING], FIRST_LONG, None, "", "",
+    ),
 }  # fmt: skip
 
 
@@ -1512,13 +1515,21 @@ BODIES |= {
     "JSON cut": body(Truncated, HALF_JSON, text="", **CUT_OFF),
 }
 MANY_PINGS = gzip.compress(PING * 2**17)
+READ_ALONE = httpx.Timeout(9, read=1.5)
 HALF_MODELS = http(b'{"data": [{"id": "b"}, {"id', missing=5)
 SERVERS |= {
-    "silence after text": ([HEAD, BEGUN, GONE], LONG, Truncated, "0.5 s", "Hello"),
-    "silence, generate": ([HEAD, LO, GONE], LONG | GENERATE, Truncated, "0.5 s", "lo"),
     "only pings": ([encoded("gzip", MANY_PINGS)], {}, Truncated, "finish_reason", ""),
     "half a list of models": ([HALF_MODELS], LIST, Truncated, "cut off", ""),
 }
+SLOW_SERVERS |= {
+    "silence after text": ([HEAD, BEGUN, GONE], LONG, Truncated, "1.5 s", "Hello"),
+    "silence after text, generate": (
+        [HEAD, LO, GONE], LONG | GENERATE, Truncated, "1.5 s", "lo",
+    ),
+    "silence after text, httpx.Timeout": (
+        [HEAD, LO, GONE], {"timeout": READ_ALONE}, Truncated, "1.5 s", "lo",
+    ),
+}  # fmt: skip
 
 
 def raising(pieces, error):
@@ -1696,8 +1707,17 @@ SLOW_HEAD = [HALF_HEAD, [(b"x", 0.05)] * 600]
 SLOW_102 = [[(b"HTTP/1.1 102\n\n", 0.05)] * 600]
 SLOW_BODY = [HEAD, [(b" ", 0.05)] * 600]
 SERVERS |= {
+    "no token: many comments": ([HEAD, PINGS], FIRST, Timeout, LATE, ""),
+}  # fmt: skip
+SLOW_SERVERS |= {
     "silence": ([GONE], SHORT, Timeout, "waiting for the answer", ""),
+    "silence in the head": (
+        [HALF_HEAD, GONE], SHORT, Timeout, "waiting for the answer", "",
+    ),
     "silence after the head": ([HEAD, GONE], LONG, Timeout, NO_TOKEN, ""),
+    "silence after a comment": ([HEAD, PING, GONE], LONG, Timeout, NO_TOKEN, ""),
+    "silence after no token": ([HEAD, EMPTY, GONE], LONG, Timeout, NO_TOKEN, ""),
+    "silence in JSON": ([JSON_HEAD, HALF_JSON, GONE], LONG, Timeout, NO_TOKEN, ""),
     "silence at once, generate": ([HEAD, GONE], LONG | GENERATE, Timeout, NO_TOKEN, ""),
     "silence in JSON, generate": (
         [JSON_HEAD, HALF_JSON, GONE], LONG | GENERATE, Timeout, NO_TOKEN, "",
@@ -1705,7 +1725,6 @@ SERVERS |= {
     "no token: silence": ([GONE], FIRST, Timeout, LATE, ""),
     "no token: silence after the head": ([HEAD, GONE], FIRST, Timeout, LATE, ""),
     "no token: comments": ([HEAD, ALIVE], FIRST, Timeout, LATE, ""),
-    "no token: many comments": ([HEAD, PINGS], FIRST, Timeout, LATE, ""),
     "no token: an empty one": ([HEAD, EMPTY, ALIVE], FIRST, Timeout, LATE, ""),
     "no token: a slow head": (SLOW_HEAD, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: heads before the head": (SLOW_102, ASYNC_FIRST, Timeout, LATE, ""),
@@ -1740,6 +1759,7 @@ def test_the_clock_of_the_first_token_keeps_no_program_alive():
 
 OF_999, OF_65536 = {"max_event_bytes": 999}, {"max_event_bytes": 65536}
 NO_JSON = b"data: oops\0\xff\n\n"
+ZEROS = gzip.compress(bytes(10**8), 1)
 BODIES |= {
     "not JSON": body(Invalid, *BEGUN, NO_JSON, says=r"oops\\x00\ufffd"),
     "a long line": body(Invalid, *BEGUN, b"data:", b"x" * 999, b"\n\n", says="x{99}"),
@@ -1761,7 +1781,7 @@ SERVERS |= {
     "an event without end": ([HEAD, LINES], OF_65536, Invalid, "65536", ""),
     "blank lines without end": ([HEAD, BLANKS], OF_65536, Invalid, "65536", ""),
     "100 MB of NUL in gzip": (
-        [encoded("gzip", gzip.compress(bytes(10**8), 1))], {}, Invalid, "16777216", "",
+        [encoded("gzip", ZEROS)], {}, Invalid, "16777216", "",
     ),
 }  # fmt: skip
 
@@ -1851,7 +1871,6 @@ async def test_models_lists_the_names(chat, waits):
 MOVED = "Location: http://u:hush@127.0.0.1:9/x?key=hush"
 AWAY = "; not following to http://127.0.0.1:9/x with the key"
 BOOM = gzip.compress(b'{"error": "boom"}')
-ZEROS = gzip.compress(bytes(10**8), 1)
 GZIP = "Content-Encoding: gzip"
 NO_RETRY = {"max_retries": 0}
 OWN = {"client": "the caller's own, which may have kept connections"}
@@ -1859,9 +1878,6 @@ OWN = {"client": "the caller's own, which may have kept connections"}
 SERVERS |= {
     "a status, kept open": ([refuse(500), KEEP], {}, Status, "boom", ""),
     "another, kept open": ([refuse(404), KEEP], {}, Status, "boom", ""),
-    "an error body that pings on": (  # for 5 s
-        [ERROR_HEAD, b"boom", ALIVE], SYNC_ALONE, Status, "boom", "",
-    ),
     "an error body without end": ([ERROR_HEAD, b"boom", MUCH], {}, Status, "boom", ""),
     "an error body that is cut": (
         [http(b"boom", status="500 No", missing=1)], {}, Status, "boom", "",
@@ -1882,6 +1898,11 @@ SERVERS |= {
     **each("status {}", (301, 302, 303, 307, 308), lambda n: (
         [refuse(n, MOVED)], {}, Status, AWAY, "",
     )),
+}  # fmt: skip
+SLOW_SERVERS |= {
+    "an error body that pings on": (  # which is left after 5 s
+        [ERROR_HEAD, b"boom", ALIVE], {}, Status, "boom", "",
+    ),
 }  # fmt: skip
 
 NO_TIME = ("soon", "-5", "nan", "inf", "-inf", "1e999", "9" * 400, "Mon, 99 Foo 2026")
@@ -2152,10 +2173,12 @@ LATE_END = play(chunked(*HELLO, end=False), 0.05, b"5\r\n: end\r\n0\r\n\r\n", KE
 KEPT = {"stream": GOOD_KEPT, "JSON": play(http(JSON), KEEP), "a late end": LATE_END}
 # What follows [DONE] is waited for a moment.
 SERVERS |= {
-    "silence after [DONE]": ([HEAD, HELLO, GONE], {}, None, "", "Hello"),
-    "comments after [DONE]": ([HEAD, HELLO, ALIVE], {}, None, "", "Hello"),
     "much after [DONE]": ([HEAD, HELLO, MUCH], {}, None, "", "Hello"),
 }
+SLOW_SERVERS |= {
+    "silence after [DONE]": ([HEAD, HELLO, GONE], {}, None, "", "Hello"),
+    "comments after [DONE]": ([HEAD, HELLO, ALIVE], {}, None, "", "Hello"),
+}  # fmt: skip
 
 
 @pytest.mark.life
@@ -2408,17 +2431,13 @@ def test_any_json_in_any_field_raises_nothing_unexpected(payload, odd):
             assert isinstance(error.code, (int, str, NoneType))
 
 
-@pytest.mark.parametrize("end", SERVERS.values(), ids=SERVERS)
-async def test_every_end_leaves_the_connection_free(chat, end):
-    """The client has one connection, and the stream is kept."""
-    steps, options, error, says, text = end
-    options = {"max_retries": 0} | options
-    if options.pop("only", None) == ("async" if chat is SYNC else "sync"):
-        pytest.skip("in sync code nothing bounds it; or 5 s, once is enough")
-    with memory(80e6), serve(in_turn(play(*steps), GOOD)) as server:
+async def check_server(chat, steps, options, error, says, text):
+    """The client has one connection, which is free afterwards; the stream is kept."""
+    with serve(in_turn(play(*steps), GOOD)) as server:
         async with own_client(chat, limits=ONE, follow_redirects=True) as own:
             began = time.monotonic()
-            answer = await ask(chat, server.url, client=own, **options)
+            options = {"client": own, "max_retries": 0} | options
+            answer = await ask(chat, server.url, **options)
             assert time.monotonic() - began < SERVER_PATIENCE - 5
             assert type(answer.error) is (error or NoneType)
             assert bool(says) == bool(error)
@@ -2432,6 +2451,36 @@ async def test_every_end_leaves_the_connection_free(chat, end):
             assert len(server.heads) == 2
     if options.get("timeout") and error:
         assert type(answer.error.__cause__).__name__ == "ReadTimeout"
+
+
+@pytest.mark.parametrize("row", SERVERS.values(), ids=SERVERS)
+async def test_every_end_leaves_the_connection_free(chat, row):
+    with memory(80e6):
+        await check_server(chat, *row)
+
+
+async def test_every_slow_end_leaves_the_connection_free(chat):
+    """All at once, since each takes its time."""
+    failures = {}
+
+    async def check(name, steps, options, *due):
+        options = dict(options)
+        try:
+            if options.pop("only", chat) is chat:
+                await check_server(chat, steps, options, *due)
+        except Exception as error:
+            failures[name] = error
+
+    rows = [(name, *row) for name, row in SLOW_SERVERS.items()]
+    if chat is SYNC:
+        with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+            for row in rows:
+                pool.submit(finished, check(*row))
+    else:
+        async with anyio.create_task_group() as tasks:
+            for row in rows:
+                tasks.start_soon(check, *row)
+    assert failures == {}
 
 
 DEFAULT = object()
@@ -4379,7 +4428,7 @@ def test_streams_over_few_connections(chat, anyio_backend, name):
     """The rules reach each kind of end."""
     seen = collections.Counter()
     machine = functools.partial(Streams, chat, anyio_backend, needs(name), seen)
-    unshrunk = settings(examples(0.2), phases=[Phase.generate])
+    unshrunk = settings(examples(0.15), phases=[Phase.generate])
     stateful.run_state_machine_as_test(machine, settings=unshrunk)
     reached = "whole", "cut off", "error", "close while it is read", "drop while open"
     assert all(seen[name] for name in reached)
