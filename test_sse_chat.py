@@ -1729,8 +1729,8 @@ SLOW_SERVERS |= {
     "no token: a slow head": (SLOW_HEAD, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: heads before the head": (SLOW_102, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: a slow error": ([ERROR_HEAD, ALIVE], ASYNC_FIRST, Timeout, LATE, ""),
-    "no models: silence": ([GONE], LIST | FIRST, Timeout, "0.3 s", ""),
-    "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, "0.3 s", ""),
+    "no models: silence": ([GONE], LIST | FIRST, Timeout, "0.4 s", ""),
+    "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, "0.4 s", ""),
 }  # fmt: skip
 
 
