@@ -845,7 +845,7 @@ class ChoiceDeltaToolCall(_Model):
 
 @dataclass(repr=False)
 class ChoiceDelta(_Message):
-    """What a chunk adds to the message of a choice."""
+    """The part of a message that a chunk adds."""
 
     content: str | None = None
     function_call: Json | None = None
@@ -1024,7 +1024,7 @@ class ChatCompletionChunk(_CompletionBase):
 
     @dataclass(repr=False)
     class Choice(_Choice):
-        """What a chunk adds to one of the answers."""
+        """The part of one choice that a chunk adds."""
 
         delta: ChoiceDelta = field(default_factory=ChoiceDelta)
         finish_reason: str | None = None
@@ -1148,8 +1148,9 @@ def _reason_limit(reason: str | None) -> str:
 class APIError(Exception):
     """Anything that a network or a server can do to an answer.
 
-    `message` is what the server said, or what happened, alone; `advice` what to do
-    about it, "" for none; `str(error)` is status, message, place and advice.
+    `message` is the server's own text, or ours where the server sent none; `advice` is
+    a remedy, "" for none; `place` is the URL and the time that it took. `str(error)` is
+    the status and these three.
     `body` is the error as the server sent it, parsed JSON or text; `code`, `type` and
     `param` are what it says there. `status_code` is None unless a status reported it,
     `retry_after` the seconds that the server asks to wait, None if it does not.
@@ -1404,7 +1405,7 @@ def _first_field(objects: list[Json], names: Sequence[str], types: Any) -> Any:
 
 
 def _server_error_fields(text: str) -> tuple[Any, ...]:
-    """Return what a server said about an error, in the order of APIError's arguments.
+    """Return the fields of a server's error, in the order of APIError's arguments.
 
     The text is known to be an error: in no known shape, all of it is the error.
     """
@@ -1480,7 +1481,7 @@ def _add_text(target: Json, name: str, text: str) -> None:
 def _merge(target: Json, addition: Json, depth: int = 1) -> None:
     """Add to a dict: the growing texts and lists grow, dicts are merged.
 
-    Other values are replaced, but null replaces nothing.
+    Other values are replaced; null replaces nothing.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
@@ -2391,7 +2392,7 @@ def _message_to_json(value: Any) -> Any:
 
 @dataclass
 class _Expected:
-    """What a reader must know about the request; by default there was none."""
+    """The facts about a request that a reader needs; the defaults are for none."""
 
     max_bytes: int = sys.maxsize
     n_choices: int = 1
@@ -2431,7 +2432,7 @@ def _connect_advice(url: str, causes: list[BaseException]) -> str:
     return "check base_url"
 
 
-# What httpx raises where a connection that was open breaks.
+# The exceptions of httpx for an open connection that breaks.
 _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
@@ -2538,7 +2539,7 @@ def _tls_context(is_https: bool) -> Any:
 
 
 def _new_client(kind: str, url: str) -> Any:
-    """Return a client that opens as many connections as needed, but keeps few.
+    """Return a client that opens as many connections as needed, and keeps few.
 
     At httpx's default of 100, the next streams would wait until they fail.
     """
@@ -2617,7 +2618,7 @@ def _find_base_url(options: Json) -> str:
 
 
 def _find_api_key(options: Json, pool: _Pool) -> str:
-    """Return the key; a client with a key of its own is not given the environment's."""
+    """Return the key; the environment's is not for a client with a key of its own."""
     api_key = options.get("api_key")
     if api_key is None and "authorization" not in pool.headers:
         api_key = os.environ.get("OPENAI_API_KEY")
@@ -2810,7 +2811,7 @@ class _Deadline:
 
 
 class _Control:
-    """What a stream shares with the generator behind it.
+    """The state that a stream shares with the generator behind it.
 
     The generator must not refer to the stream: dropping the stream then closes the
     connection at once.
@@ -2833,7 +2834,7 @@ class _Control:
         self._closed.set()
 
     def wait(self, seconds: float) -> None:
-        """Wait, but not longer than until the stream is closed."""
+        """Wait, or return early when the stream is closed."""
         self._closed.wait(seconds)
 
     @contextmanager
@@ -2969,7 +2970,7 @@ class _Reader:
         return self.fail(APIError(*_server_error_fields(text)))
 
     def fail(self, error: APIError) -> APIError:
-        """Keep why there is no whole answer; the part that arrived is on the error."""
+        """Keep the error, and put the part of the answer that arrived on it."""
         error.place = error.place or self._expected.url
         error.completion = self.completion
         self.error = error
@@ -3727,7 +3728,7 @@ class _AsyncStream:
         self._control = control
 
     async def aclose(self) -> None:
-        """Close the connection, so that the server stops, and wake who waits."""
+        """Close the connection, so that the server stops; a waiting task is woken."""
         self._control.close()
         try:
             await self._items.aclose()
@@ -3739,7 +3740,7 @@ class _AsyncStream:
 
 
 class _Answer:
-    """What both streams of an answer tell of it."""
+    """The properties of both streams of an answer."""
 
     _reader: _AnswerReader
 
@@ -3892,7 +3893,7 @@ async def aiter_chunks(
 # "Processing model", and of practice where it is silent:
 #
 #     204, or closed here                                  the stream ends
-#     another status below 500, but 408 and 429            SSEError
+#     another status below 500, except 408 and 429         SSEError
 #     another content type, an event over the limit        SSEError
 #     408, 429, 5xx, a network error, silence              on_error, then again
 #     the end of the body                                  again
@@ -3913,7 +3914,7 @@ def _check_wait(name: str, value: Any) -> float:
     return float(value)
 
 
-# What httpx raises for a request that it cannot send at all.
+# The exceptions of httpx for a request that it cannot send at all.
 _OWN_FAULTS = ("InvalidURL", "LocalProtocolError", "UnsupportedProtocol")
 
 
@@ -4088,7 +4089,7 @@ def _check_url(url: str) -> None:
 
 
 class _Listener:
-    """What both twins are made of: the plan, the client and the request."""
+    """The parts of both twins: the plan, the client and the request."""
 
     def __init__(
         self, kind: str, client: Any, plan: _Reconnection, request: Json
@@ -4426,7 +4427,7 @@ async def amodels(**options: Unpack[ChatOptions]) -> list[str]:
 
 
 class _Client:
-    """What both clients are made of: a pool of connections, and options."""
+    """The parts of both clients: a pool of connections, and options."""
 
     def __init__(self, kind: str, options: Json) -> None:
         self._pool = _Pool(kind, options.get("client"), is_kept=True)
@@ -5052,7 +5053,7 @@ _LIMITS = {"length": "the token limit", "content_filter": "a content filter"}
 
 
 class _Program:
-    """What to do: ask, show and keep answers, and obey the commands between them."""
+    """Asks, shows and keeps answers, and obeys the commands between them."""
 
     def __init__(
         self, args: argparse.Namespace, client: ChatClient, screen: _Screen
@@ -5269,7 +5270,9 @@ class _Program:
                 return "the system message is set" if text else "no system message"
             case "/file":
                 return self.open_file(text)
-        raise ValueError(f'{command} is no command: /? lists them, """ begins a text')
+        raise ValueError(
+            f'{command} is not a command: /? lists them, """ begins a text'
+        )
 
     def open_file(self, name: str) -> str:
         """Go on with the conversation in a file; an empty one gets the present one."""

@@ -8209,7 +8209,7 @@ def test_commands_of_a_conversation(kept):
             ("fresh", "Hello"),
             (f"/file {kept}", f"{kept} holds 5 messages"),
             ("again", "Hello"),
-            ("/foo bar", "sse_chat: /foo is no command"),
+            ("/foo bar", "sse_chat: /foo is not a command"),
             ("/clear", "forgotten"),
             ("/system", "no system message"),
             ('plain """q"""', "Hello"),
