@@ -2298,7 +2298,7 @@ def _parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def _is_local(url: str) -> bool:
-    """Tell whether the host of a URL is of a private network, by its name or address."""
+    """Tell whether the host of a URL is in a private network."""
     from ipaddress import ip_address
     from urllib.parse import urlsplit
 
@@ -2607,10 +2607,10 @@ class _Pool:
             problem = error
         raise request.environment_error(problem)
 
-    def take_clients(self, loop: Any = None) -> list[Any]:
+    def clients_here(self, loop: Any = None) -> list[Any]:
         """Return our clients of this process and event loop, to be closed."""
         homes = (None, (os.getpid(), loop))
-        return [self._clients.pop(home) for home in homes if home in self._clients]
+        return [self._clients[home] for home in homes if home in self._clients]
 
 
 def _find_base_url(options: Json) -> str:
@@ -4494,7 +4494,7 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
     def close(self) -> None:
         """Close the connections."""
-        for client in self._pool.take_clients():
+        for client in self._pool.clients_here():
             client.close()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -4527,7 +4527,7 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
         """Close the connections."""
         import anyio.lowlevel
 
-        for client in self._pool.take_clients(anyio.lowlevel.current_token()):
+        for client in self._pool.clients_here(anyio.lowlevel.current_token()):
             await client.aclose()
 
     async def __aexit__(self, *exc_info: object) -> None:
