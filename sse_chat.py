@@ -314,6 +314,9 @@ class SSEDecoder:
     def _interpret(self, lines: list[bytes]) -> list[ServerSentEvent]:
         """Process whole lines. Nothing is raised at the limit: `_overflow` is set."""
         events: list[ServerSentEvent] = []
+        if self._overflow:
+            self._lines._pending.clear()
+            return events
         data, size, max_size = self._data, self._size, self._max_bytes + 1
         event, id = self._event, self._id
         for line in lines:
@@ -365,13 +368,12 @@ class SSEDecoder:
 
     def _set_overflow(self, line: bytes) -> None:
         """Give up, and hold nothing more of the stream."""
-        if not self._overflow:
-            self._overflow_data = (self._data or [line])[0][:1000]
-            start = self._overflow_data[:200].decode("utf-8", "replace")
-            limit = self._max_bytes
-            self._overflow = f"an event of more than {limit} bytes: {start!r}"
-            self._max_bytes = -2  # from now on every line is above the limit
-            self._data.clear()
+        self._overflow_data = (self._data or [line])[0][:1000]
+        start = self._overflow_data[:200].decode("utf-8", "replace")
+        limit = self._max_bytes
+        self._overflow = f"an event of more than {limit} bytes: {start!r}"
+        self._max_bytes = -2  # from now on every line is above the limit
+        self._data.clear()
         self._lines._pending.clear()
 
 
