@@ -680,7 +680,7 @@ def cuttings(draw, streams):
     return cut(stream, draw(st.just(at) | st.lists(st.sampled_from(at), max_size=8)))
 
 
-@examples(6)
+@examples(3)
 @given(cuttings(STREAMS), st.integers(3, 30) | st.just(10**9))
 @example([EACH_RULE], 9999)
 @example(cut(EACH_RULE, range(999)), 9999)
@@ -1257,6 +1257,7 @@ def parts_of(value):
     return parts
 
 
+@examples(0.5)
 @given(streams())
 def test_chunks_accumulate_to_the_whole_answer(stream):
     """A completion taken on the way shares no part that can change with later ones."""
@@ -2271,7 +2272,8 @@ def test_an_answer_is_not_whole_before_its_end(body):
     """That is the line of its last reason, or of [DONE]."""
     last = body.data.rfind(b'_reason": "' if body.finish else b"[DONE]")
     end = re.compile(rb"[\r\n]|$").search(body.data, max(last, 0)).start()
-    for at in range(0, len(body.data), 9 if body.options else 1):
+    places = {*range(0, len(body.data), 9), *range(max(end - 40, 0), end + 9)}
+    for at in sorted(places):
         begun = body.data[:at].strip(b" \r\n" + UTF8_BOM)
         error = NoneType if at >= end else Truncated if begun else Invalid
         if body.options:  # that a call alone has
@@ -2475,7 +2477,7 @@ def test_the_public_limits():
     assert (sse_chat.MAX_CHOICES, sse_chat.MAX_DEPTH) == (1024, 100)
 
 
-MANY = 10_000
+MANY = 3000
 HUGE = range(0, 2000 * (2**61 - 1), 2**61 - 1)
 ALL_AT_0 = [{"index": 0, "delta": {"content": "x"}}] * MANY
 DIGITS = b"9" * 10_000_000
@@ -4056,14 +4058,11 @@ MB = 10**6
 PLACES = {  # @ stands for the list
     "top": '{"choices": [], "x": @}',
     "choices": '{"choices": @}',
-    "message": '{"choices": [{"message": {"content": "", "x": @}}]}',
     "details": '{"choices": [{"delta": {"reasoning_details": @}}]}',
     "tool calls": '{"choices": [{"delta": {"tool_calls": @}}]}',
     "logprobs": '{"choices": [{"logprobs": {"content": @}}]}',
-    "alternatives": '{"choices": [{"logprobs": {"content": [{"top_logprobs": @}]}}]}',
     "error": '{"error": {"message": @}}',
 }
-REPEATED = [*itertools.product(PLACES, ["{}"]), ("logprobs", '{"a":0}')]
 
 
 def repeated(value):
@@ -4075,12 +4074,12 @@ def json_takes(value):
     return peak_of(json.loads, repeated(value))
 
 
-@pytest.mark.parametrize(("place", "value"), REPEATED)
-def test_a_megabyte_of_small_values_takes_little(place, value):
+@pytest.mark.parametrize("place", PLACES)
+def test_a_megabyte_of_small_values_takes_little(place):
     """At most 40 MB more than json.loads takes."""
-    sent = PLACES[place].replace("@", repeated(value)).encode()
+    sent = PLACES[place].replace("@", repeated("{}")).encode()
     taken = peak_of(chunks_in, b"data: ", sent, b"\n\n")
-    assert taken < json_takes(value) + 40 * MB
+    assert taken < json_takes("{}") + 40 * MB
 
 
 @pytest.mark.parametrize("place", ["logprobs", "details", "choices", "top"])
