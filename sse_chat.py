@@ -20,8 +20,8 @@ The promise: a broken answer is never taken for a whole one. An answer that stop
 raises an `APIError`, and the part that arrived is in its `.completion`.
 
 Every decision (what a line is, what an event is, how an answer ended, whether to send
-the request again) is made by code that does no I/O. Sync and async code stand next to
-each other and differ in keywords only. The sections, in reading order:
+the request again) is made by code that does no I/O. Each async function stands next to
+its sync twin, and its docstring names any difference. The sections, in reading order:
 
     Server-sent events     the decoder of the HTML standard; in place of httpx-sse
     Chat types             openai's types as plain dataclasses that keep what came
@@ -255,9 +255,7 @@ class SSEDecoder:
     def __init__(self, max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES) -> None:
         self.last_event_id = ""
         self.retry: int | None = None
-        self._max_bytes = sys.maxsize
-        if max_event_bytes is not None:
-            self._max_bytes = _positive_int("max_event_bytes", max_event_bytes)
+        self._max_bytes = _byte_limit(max_event_bytes)
         self._lines = SSELineDecoder()
 
         # The block that has begun: its bytes, and the buffers of the standard. The data
@@ -377,13 +375,20 @@ class SSEDecoder:
         self._lines._pending.clear()
 
 
-def _positive_int(name: str, value: Any) -> int:
-    """Return an option that is a whole number above 0. Raises TypeError, ValueError."""
+def _whole_number(name: str, value: Any, least: int = 1) -> int:
+    """Return an option that is a whole number. Raises TypeError, ValueError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value!r}")
     return value
+
+
+def _byte_limit(max_event_bytes: Any) -> int:
+    """Return a limit, which is None for none, as a number of bytes."""
+    if max_event_bytes is None:
+        return sys.maxsize
+    return _whole_number("max_event_bytes", max_event_bytes)
 
 
 def iter_lines(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -845,7 +850,7 @@ class ChoiceDeltaToolCall(_Model):
 
 @dataclass(repr=False)
 class ChoiceDelta(_Message):
-    """What a chunk adds to the message of a choice."""
+    """The part of a message that a chunk adds."""
 
     content: str | None = None
     function_call: Json | None = None
@@ -1024,7 +1029,7 @@ class ChatCompletionChunk(_CompletionBase):
 
     @dataclass(repr=False)
     class Choice(_Choice):
-        """What a chunk adds to one of the answers."""
+        """The part of one choice that a chunk adds."""
 
         delta: ChoiceDelta = field(default_factory=ChoiceDelta)
         finish_reason: str | None = None
@@ -1148,8 +1153,9 @@ def _reason_limit(reason: str | None) -> str:
 class APIError(Exception):
     """Anything that a network or a server can do to an answer.
 
-    `message` is what the server said, or what happened, alone; `advice` what to do
-    about it, "" for none; `str(error)` is status, message, place and advice.
+    `message` is the server's own text, or ours where the server sent none; `advice` is
+    a remedy, "" for none; `place` is the URL and the time that it took. `str(error)` is
+    the status and these three.
     `body` is the error as the server sent it, parsed JSON or text; `code`, `type` and
     `param` are what it says there. `status_code` is None unless a status reported it,
     `retry_after` the seconds that the server asks to wait, None if it does not.
@@ -1404,7 +1410,7 @@ def _first_field(objects: list[Json], names: Sequence[str], types: Any) -> Any:
 
 
 def _server_error_fields(text: str) -> tuple[Any, ...]:
-    """Return what a server said about an error, in the order of APIError's arguments.
+    """Return the fields of a server's error, in the order of APIError's arguments.
 
     The text is known to be an error: in no known shape, all of it is the error.
     """
@@ -1480,7 +1486,7 @@ def _add_text(target: Json, name: str, text: str) -> None:
 def _merge(target: Json, addition: Json, depth: int = 1) -> None:
     """Add to a dict: the growing texts and lists grow, dicts are merged.
 
-    Other values are replaced, but null replaces nothing.
+    Other values are replaced; null replaces nothing.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
@@ -2091,6 +2097,7 @@ class _Unpacker:
             data = self._start = self._start + data
             if len(data) < 2:
                 return
+            self._start = data[:2]
             self._member = zlib.decompressobj(self._window_bits())
         while data:
             if self._member.eof:
@@ -2101,7 +2108,7 @@ class _Unpacker:
                 rest = self._member.unconsumed_tail
                 piece = self._member.decompress(rest, self._PIECE)
                 yield piece
-            data = self._member.unused_data
+            data = self._member.unused_data.lstrip(b"\0")  # padding, as gzip skips it
 
     def _window_bits(self) -> int:
         """Return how zlib is to read a member; some servers send deflate bare."""
@@ -2118,6 +2125,19 @@ def _content_encoding(response: Response) -> str:
         return ""
     encoding: str = response.headers.get("content-encoding", "").strip().lower()
     return {"identity": "", "x-gzip": "gzip"}.get(encoding, encoding)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """Return an exception and those behind it, also in groups."""
+    found: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo and len(found) < 50:
+        each = todo.pop(0)
+        if each is not None and each not in found:
+            found.append(each)
+            todo += [each.__cause__ or each.__context__]
+            todo += getattr(each, "exceptions", ())
+    return found
 
 
 class _Secrets:
@@ -2177,32 +2197,26 @@ class _Secrets:
 
     def is_in(self, cause: BaseException | None) -> bool:
         """Tell whether an exception, or one behind it, has a secret in its words."""
-        seen: set[int] = set()
-        while cause is not None and id(cause) not in seen:
-            seen.add(id(cause))
-            words = str(cause)
-            if self.redact(words) != words:
-                return True
-            cause = cause.__cause__ or cause.__context__
-        return False
+        texts = [str(each) for each in _causes(cause)]
+        return any(self.redact(text) != text for text in texts)
 
 
 def _escaped_pattern(secret: str) -> re.Pattern[str]:
     """Return a pattern of a secret in JSON, each of whose characters may be escaped.
 
-    It begins with the two characters that it can begin with: the search looks for them
-    alone, and stays as fast as the text is long.
+    Its first character has a pattern of its own, which starts with a backslash or that
+    character: the search skips all others, and stays linear.
     """
     ways = [rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u{_code(c)})" for c in secret[1:]]
     first = secret[0]
-    begin = rf"(?:{re.escape(first)}|\\\\{{0,2}}(?:{re.escape(first)}|u{_code(first)}))"
+    letter = re.escape(first)
+    begin = rf"(?:{letter}|\\\\{{0,2}}(?:{letter}|u{_code(first)}))"
     return re.compile(begin + "".join(ways))
 
 
 def _code(character: str) -> str:
     """Return a pattern of the code of a character, in small or capital digits."""
-    digits = f"{ord(character):04x}"
-    return "".join(f"[{d}{d.upper()}]" if d.isalpha() else d for d in digits)
+    return f"(?i:{ord(character):04x})"
 
 
 class _Retries:
@@ -2233,7 +2247,7 @@ class _Retries:
     ) -> float | None:
         """Return the seconds to wait for the next attempt, None if there is none.
 
-        There is none after a timeout, since the server may be at work on the answer.
+        There is none after a timeout once connected: the server may be at work.
         The first failure of a connection that was kept costs no wait and no retry:
         servers close idle connections whenever they like. `time_left` limits the wait.
         """
@@ -2283,6 +2297,18 @@ def _parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     return None
 
 
+def _is_local(url: str) -> bool:
+    """Tell whether the host of a URL is in a private network."""
+    from ipaddress import ip_address
+    from urllib.parse import urlsplit
+
+    host = ""
+    with suppress(ValueError):
+        host = urlsplit(url).hostname or ""
+        return ip_address(host).is_private
+    return "." not in host
+
+
 def _parse_base_url(text: str, path: str) -> tuple[str, str]:
     """Return the URL of a path under a base URL, and its user:password.
 
@@ -2293,9 +2319,8 @@ def _parse_base_url(text: str, path: str) -> tuple[str, str]:
 
     if "://" not in text:
         # A key must not go unencrypted to a host on the internet.
-        host = re.split("[/?#]", text)[0].rpartition("@")[2].partition(":")[0]
-        is_local = "." not in host or host.replace(".", "").isdigit()
-        text = ("http://" if is_local else "https://") + text
+        scheme = "http" if _is_local("//" + text) else "https"
+        text = f"{scheme}://{text}"
     parts = None
     with suppress(ValueError):  # whose words may hold a piece of a password
         candidate = urlsplit(text)
@@ -2391,7 +2416,7 @@ def _message_to_json(value: Any) -> Any:
 
 @dataclass
 class _Expected:
-    """What a reader must know about the request; by default there was none."""
+    """The facts about a request that a reader needs; the defaults are for none."""
 
     max_bytes: int = sys.maxsize
     n_choices: int = 1
@@ -2431,33 +2456,18 @@ def _connect_advice(url: str, causes: list[BaseException]) -> str:
     return "check base_url"
 
 
-# What httpx raises where a connection that was open breaks.
+# The exceptions of httpx for an open connection that breaks.
 _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
 def _reason(cause: BaseException) -> str:
     """Return the words of an exception, or of its cause: trio's are empty."""
-    error: BaseException | None = cause
-    while error is not None and not str(error):
-        error = error.__cause__ or error.__context__
-    return str(error or type(cause).__name__)
+    texts = [str(each) for each in _causes(cause)]
+    return next(filter(None, texts), type(cause).__name__)
 
 
 def _is_timeout(cause: BaseException | None) -> bool:
     return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """Return an exception and those behind it, also in groups."""
-    found: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo and len(found) < 50:
-        each = todo.pop(0)
-        if each is not None and each not in found:
-            found.append(each)
-            todo += [each.__cause__ or each.__context__]
-            todo += getattr(each, "exceptions", ())
-    return found
 
 
 def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionError:
@@ -2482,7 +2492,7 @@ def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionEr
     elif "Proxy" in kind:
         error = APIConnectionError(f"the proxy refused: {words}")
         error.advice = _proxy_advice(url)
-    elif "Connect" in kind:
+    elif kind == "ConnectError" or isinstance(cause, ConnectionRefusedError):
         error = APIConnectionError(f"cannot connect: {words}")
         error.is_retryable = True
         error.advice = _connect_advice(url, causes)
@@ -2533,19 +2543,18 @@ def _tls_context(is_https: bool) -> Any:
 
     if is_https:
         return _load_httpx().create_ssl_context()
-    # An empty one will do. Should anything lead to https, it trusts nobody.
+    # An empty one will do, since a chat follows no redirects.
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _new_client(kind: str, url: str) -> Any:
-    """Return a client that opens as many connections as needed, but keeps few.
+def _new_client(kind: str, may_need_tls: bool) -> Any:
+    """Return a client that opens as many connections as needed, and keeps few.
 
     At httpx's default of 100, the next streams would wait until they fail.
     """
     httpx = _load_httpx()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-    is_https = url.startswith("https:")
-    return getattr(httpx, kind)(verify=_tls_context(is_https), limits=limits)
+    return getattr(httpx, kind)(verify=_tls_context(may_need_tls), limits=limits)
 
 
 def _check_client(kind: str, client: Any) -> None:
@@ -2565,9 +2574,10 @@ class _Pool:
         self._is_kept = is_kept
         self._kind = kind
         self._given = client
-        self._own: Any = None
-        self._home: Any = None  # the process, and the event loop, that it belongs to
-        self._left_behind: list[Any] = []
+        # Our clients by their home: the process and the event loop. A child process
+        # must not use its parent's connections, since the answers would go to the first
+        # that reads; nor can an event loop use those of another. None: not used yet.
+        self._clients: dict[Any, Any] = {}
 
     def open(self, request: _Request, loop: Any = None) -> Any:
         """Return a context manager that gives the client, and closes one of ours."""
@@ -2575,39 +2585,32 @@ class _Pool:
             return nullcontext(self._given)
         if not self._is_kept:
             return self._new(request)
-        # A child process must not use the connections of its parent: the answers would
-        # go to whoever reads first. Nor can an event loop use those of another.
         home = (os.getpid(), loop)
-        if self._own is None:
-            self._own = self._new(request)
-        elif self._home not in (None, home):
-            self._left_behind.append(self._own)  # its owner closes it
-            self._own = self._new(request)
-            self.keeps_connections = False
-        self._home = home
-        return nullcontext(self._own)
+        if home not in self._clients:
+            client = self._clients.pop(None, None)
+            if client is None:
+                client = self._new(request)
+                self.keeps_connections = False
+            self._clients[home] = client
+        return nullcontext(self._clients[home])
 
     def prepare(self, request: _Request) -> None:
         """Make the client that is kept. Raises APIError if the environment is wrong."""
         if self._given is None:
-            self._own = self._new(request)
+            self._clients[None] = self._new(request)
 
     def _new(self, request: _Request) -> Any:
-        problem: Exception
+        _load_httpx()  # raises if there is none
         try:
-            return _new_client(self._kind, request.url)
-        except ModuleNotFoundError as error:
-            if "sse_chat" in str(error):
-                raise
-            problem = error
+            return _new_client(self._kind, request.url.startswith("https:"))
         except Exception as error:
             problem = error
         raise request.environment_error(problem)
 
-    @property
-    def owned(self) -> Any:
-        """The client to close at the end, None if it is not ours."""
-        return self._own
+    def clients_here(self, loop: Any = None) -> list[Any]:
+        """Return our clients of this process and event loop, to be closed."""
+        homes = (None, (os.getpid(), loop))
+        return [self._clients[home] for home in homes if home in self._clients]
 
 
 def _find_base_url(options: Json) -> str:
@@ -2617,7 +2620,7 @@ def _find_base_url(options: Json) -> str:
 
 
 def _find_api_key(options: Json, pool: _Pool) -> str:
-    """Return the key; a client with a key of its own is not given the environment's."""
+    """Return the key; the environment's is not for a client with a key of its own."""
     api_key = options.get("api_key")
     if api_key is None and "authorization" not in pool.headers:
         api_key = os.environ.get("OPENAI_API_KEY")
@@ -2639,12 +2642,8 @@ class _Request:
     """A request, checked: its bytes are made here, not when it is sent."""
 
     def __init__(self, method: str, path: str, options: Json, pool: _Pool) -> None:
-        max_retries = options.get("max_retries", 2)
-        if max_retries != 0:
-            max_retries = _positive_int("max_retries", max_retries)
+        max_retries = _whole_number("max_retries", options.get("max_retries", 2), 0)
         max_bytes = options.get("max_event_bytes", DEFAULT_MAX_EVENT_BYTES)
-        if max_bytes is not None:
-            max_bytes = _positive_int("max_event_bytes", max_bytes)
 
         self.method = method
         self.url, login = _parse_base_url(_find_base_url(options), path)
@@ -2659,7 +2658,7 @@ class _Request:
         self.has_secret = False
         limit = options.get("first_token_timeout")
         self.expected = _Expected(
-            max_bytes=max_bytes or sys.maxsize,
+            max_bytes=_byte_limit(max_bytes),
             first_token_timeout=_check_seconds("first_token_timeout", limit),
             read_timeout=self.timeout[1],
             ending_timeout=min(ENDING_TIMEOUT, self.timeout[1] or ENDING_TIMEOUT),
@@ -2810,7 +2809,7 @@ class _Deadline:
 
 
 class _Control:
-    """What a stream shares with the generator behind it.
+    """The state that a stream shares with the generator behind it.
 
     The generator must not refer to the stream: dropping the stream then closes the
     connection at once.
@@ -2833,7 +2832,7 @@ class _Control:
         self._closed.set()
 
     def wait(self, seconds: float) -> None:
-        """Wait, but not longer than until the stream is closed."""
+        """Wait, or return early when the stream is closed."""
         self._closed.wait(seconds)
 
     @contextmanager
@@ -2969,7 +2968,7 @@ class _Reader:
         return self.fail(APIError(*_server_error_fields(text)))
 
     def fail(self, error: APIError) -> APIError:
-        """Keep why there is no whole answer; the part that arrived is on the error."""
+        """Keep the error, and put the part of the answer that arrived on it."""
         error.place = error.place or self._expected.url
         error.completion = self.completion
         self.error = error
@@ -3394,13 +3393,10 @@ def _interrupt_read(response: Any) -> None:
     """
     import socket
 
-    if response is None or response.is_closed:
-        return
-    stream = response.extensions.get("network_stream")
-    if stream is None or not response.http_version.startswith("HTTP/1"):
-        return
-    with suppress(Exception):
-        stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+    with suppress(Exception):  # a response of a mock may be anything
+        if not response.is_closed and response.http_version.startswith("HTTP/1"):
+            stream = response.extensions["network_stream"]
+            stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 class _Timer:
@@ -3496,6 +3492,11 @@ async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) ->
     return bytes(rest)
 
 
+def _set_read_timeout(request: Any, seconds: float | None) -> None:
+    """Change the limit of each read, which was that of the time left to send."""
+    request.extensions.setdefault("timeout", {})["read"] = seconds
+
+
 def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIError:
     """Send a request once, and return the response or why there is none."""
     try:
@@ -3503,9 +3504,9 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
         response: Response = client.send(built, stream=True, follow_redirects=False)
         reader.control.begin(response)
         if response.is_success:
-            built.extensions["timeout"]["read"] = request.timeout[1]
+            _set_read_timeout(built, request.timeout[1])
             return response
-        built.extensions["timeout"]["read"] = _ERROR_BODY_TIMEOUT
+        _set_read_timeout(built, _ERROR_BODY_TIMEOUT)
         encoding = _content_encoding(response)
         with closing(response):
             reads = _response_reads(response)
@@ -3513,8 +3514,7 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
         return request.status_error(response, _unpack_error_body(encoding, body))
     # Transports and event hooks may raise anything: it is how the attempt ended.
     except Exception as error:
-        cause = error
-    return request.error(cause)
+        return request.error(error)
 
 
 async def _aattempt(
@@ -3535,8 +3535,7 @@ async def _aattempt(
             body = await _adrain(reads, response, _ERROR_BODY_TIMEOUT)
         return request.status_error(response, _unpack_error_body(encoding, body))
     except Exception as error:
-        cause = error
-    return request.error(cause)
+        return request.error(error)
 
 
 def _send(request: _Request, reader: _Reader, client: Any) -> Response:
@@ -3727,7 +3726,7 @@ class _AsyncStream:
         self._control = control
 
     async def aclose(self) -> None:
-        """Close the connection, so that the server stops, and wake who waits."""
+        """Close the connection, so that the server stops; a waiting task is woken."""
         self._control.close()
         try:
             await self._items.aclose()
@@ -3739,7 +3738,7 @@ class _AsyncStream:
 
 
 class _Answer:
-    """What both streams of an answer tell of it."""
+    """The properties of both streams of an answer."""
 
     _reader: _AnswerReader
 
@@ -3860,7 +3859,7 @@ def iter_chunks(
     Raises as `ChatStream` does where the body is not a whole answer. An OSError, or an
     error of an HTTP library, that the iterable raises is how the body ended.
     """
-    reader = _AnswerReader(_Expected(max_event_bytes or sys.maxsize), _Control())
+    reader = _AnswerReader(_Expected(_byte_limit(max_event_bytes)), _Control())
     reads = iter(chunks)
     while not reader.is_finished:
         data = _next_bytes(reads, reader)
@@ -3874,7 +3873,7 @@ async def aiter_chunks(
     chunks: AsyncIterable[bytes], max_event_bytes: int | None = DEFAULT_MAX_EVENT_BYTES
 ) -> AsyncIterator[ChatCompletionChunk]:
     """Async twin of `iter_chunks`."""
-    reader = _AnswerReader(_Expected(max_event_bytes or sys.maxsize), _Control())
+    reader = _AnswerReader(_Expected(_byte_limit(max_event_bytes)), _Control())
     reads = aiter(chunks)
     while not reader.is_finished:
         data = await _anext_bytes(reads, reader)
@@ -3892,7 +3891,7 @@ async def aiter_chunks(
 # "Processing model", and of practice where it is silent:
 #
 #     204, or closed here                                  the stream ends
-#     another status below 500, but 408 and 429            SSEError
+#     another status below 500, except 408 and 429         SSEError
 #     another content type, an event over the limit        SSEError
 #     408, 429, 5xx, a network error, silence              on_error, then again
 #     the end of the body                                  again
@@ -3913,7 +3912,7 @@ def _check_wait(name: str, value: Any) -> float:
     return float(value)
 
 
-# What httpx raises for a request that it cannot send at all.
+# The exceptions of httpx for a request that it cannot send at all.
 _OWN_FAULTS = ("InvalidURL", "LocalProtocolError", "UnsupportedProtocol")
 
 
@@ -3991,6 +3990,10 @@ class _Reconnection:
         content_type = response.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "text/event-stream":
             problem = f"expected text/event-stream, got {content_type!r} ({place})"
+            raise SSEError(problem, status_code=status)
+        encoding = _content_encoding(response)
+        if encoding:  # we asked for none, and httpx unpacks without a bound
+            problem = f"expected no content encoding, got {encoding!r} ({place})"
             raise SSEError(problem, status_code=status)
         source = EventSource(response, self._max_event_bytes, self.last_event_id)
         self._source = source
@@ -4088,7 +4091,7 @@ def _check_url(url: str) -> None:
 
 
 class _Listener:
-    """What both twins are made of: the plan, the client and the request."""
+    """The parts of both twins: the plan, the client and the request."""
 
     def __init__(
         self, kind: str, client: Any, plan: _Reconnection, request: Json
@@ -4106,7 +4109,7 @@ class _Listener:
         """Return a context manager that gives the client, and closes one of ours."""
         if self._client is not None:
             return nullcontext(self._client)
-        return _new_client(self._kind, self.plan.url)
+        return _new_client(self._kind, may_need_tls=True)  # a redirect may lead there
 
     def build(self, client: Any) -> Any:
         """Return the request of the next attempt."""
@@ -4118,26 +4121,34 @@ class _Listener:
 
 def _follow(client: Any, request: Any, control: _Control) -> Any:
     """Return the response to a request, at the end of its redirects."""
+    options: Json = {}
     for _ in range(_MAX_REDIRECTS):
-        response = client.send(request, stream=True, follow_redirects=False)
+        response = client.send(request, stream=True, follow_redirects=False, **options)
         control.begin(response)
         following = _redirected(request, response)
         if following is None:
             return response
         response.close()
+        if not _same_origin(request, following):
+            options = {"auth": None}  # send() would add the client's login again
         request = following
     raise SSEError(f"more than {_MAX_REDIRECTS} redirects")
 
 
 async def _afollow(client: Any, request: Any, control: _Control) -> Any:
     """Async twin of `_follow`."""
+    options: Json = {}
     for _ in range(_MAX_REDIRECTS):
-        response = await client.send(request, stream=True, follow_redirects=False)
+        response = await client.send(
+            request, stream=True, follow_redirects=False, **options
+        )
         control.begin(response)
         following = _redirected(request, response)
         if following is None:
             return response
         await response.aclose()
+        if not _same_origin(request, following):
+            options = {"auth": None}  # send() would add the client's login again
         request = following
     raise SSEError(f"more than {_MAX_REDIRECTS} redirects")
 
@@ -4426,7 +4437,7 @@ async def amodels(**options: Unpack[ChatOptions]) -> list[str]:
 
 
 class _Client:
-    """What both clients are made of: a pool of connections, and options."""
+    """The parts of both clients: a pool of connections, and options."""
 
     def __init__(self, kind: str, options: Json) -> None:
         self._pool = _Pool(kind, options.get("client"), is_kept=True)
@@ -4483,8 +4494,8 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
     def close(self) -> None:
         """Close the connections."""
-        if self._pool.owned is not None:
-            self._pool.owned.close()
+        for client in self._pool.clients_here():
+            client.close()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -4514,8 +4525,10 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
 
     async def aclose(self) -> None:
         """Close the connections."""
-        if self._pool.owned is not None:
-            await self._pool.owned.aclose()
+        import anyio.lowlevel
+
+        for client in self._pool.clients_here(anyio.lowlevel.current_token()):
+            await client.aclose()
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
@@ -5052,7 +5065,7 @@ _LIMITS = {"length": "the token limit", "content_filter": "a content filter"}
 
 
 class _Program:
-    """What to do: ask, show and keep answers, and obey the commands between them."""
+    """Asks, shows and keeps answers, and obeys the commands between them."""
 
     def __init__(
         self, args: argparse.Namespace, client: ChatClient, screen: _Screen
@@ -5269,7 +5282,9 @@ class _Program:
                 return "the system message is set" if text else "no system message"
             case "/file":
                 return self.open_file(text)
-        raise ValueError(f'{command} is no command: /? lists them, """ begins a text')
+        raise ValueError(
+            f'{command} is not a command: /? lists them, """ begins a text'
+        )
 
     def open_file(self, name: str) -> str:
         """Go on with the conversation in a file; an empty one gets the present one."""

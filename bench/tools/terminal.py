@@ -32,7 +32,6 @@ PORT = 8080  # the one that llama.cpp's server has by default
 STEP_TIMEOUT = 120  # seconds; the answers take about one
 QUIET = 1  # seconds of silence after a prompt, before something is typed
 STORY = 230  # characters, then it is stopped
-
 # A model this small does not reason by itself. Two examples before the conversation,
 # as templates of larger models also have them, show it how; then it says what it likes.
 TEMPLATE = """\
@@ -66,12 +65,10 @@ SCENE = (
 )
 # The demo server calls it: the model is too small for that.
 PROPERTIES = {"city": {"type": "string"}, "days": {"type": "integer"}}
-PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES]}
-FUNCTION = {"name": "weather", "parameters": PARAMETERS}
-TOOLS = [{"type": "function", "function": FUNCTION}]
+SCHEMA = {"properties": PROPERTIES, "required": [*PROPERTIES]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 
-# By SGR number.
-STYLES = {"2": "dim", "32": "green"}
+STYLES = {"2": "dim", "32": "green"}  # by SGR number
 ESCAPE = re.compile(r"\x1b\[([0-?]*)[ -/]*([@-~])|\x1b\][^\x07]*\x07|\x1b[=>]")
 
 LINE_HEIGHT, TOP = 21, 64
@@ -165,11 +162,8 @@ def emulate(output: str) -> list[Line]:
 
 
 def draw(lines: list[Line]) -> str:
-    texts = [
-        f'<text x="40" y="{TOP + LINE_HEIGHT * row}">{spans(line)}</text>'
-        for row, line in enumerate(lines)
-        if line
-    ]
+    rows = [(TOP + LINE_HEIGHT * row, spans(line)) for row, line in enumerate(lines)]
+    texts = [f'<text x="40" y="{y}">{text}</text>' for y, text in rows if text]
     return SVG.format(height=TOP + LINE_HEIGHT * len(lines), lines="\n".join(texts))
 
 
@@ -197,9 +191,7 @@ def main() -> None:
             output = play(url, folder) if url else sys.exit("terminal: no server")
         finally:
             server.terminate()
-    picture = BENCH / "terminal.svg"
-    picture.write_text(draw(emulate(output)), encoding="utf-8")
-    print(f"wrote {os.path.relpath(picture)}")
+    (BENCH / "terminal.svg").write_text(draw(emulate(output)), encoding="utf-8")
 
 
 if __name__ == "__main__":
