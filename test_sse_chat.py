@@ -7117,6 +7117,7 @@ def test_the_core_passes_under_httpx2_alone():
     needs("httpx2")
     blocked = 'import pytest, sys; sys.modules["httpx"] = None; sys.exit(pytest.main())'
     command = [sys.executable, "-c", blocked, "-vx", "-m", "not live"]
+    command += ["-p", "no:pytest_httpx", "-p", "no:respx"]  # which import httpx
     command += ["-k", "(life or every_body) and not trio and not uvloop", __file__]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
