@@ -8610,12 +8610,12 @@ from sse_chat import APIError, ChatClient, ChatCompletionMessage, generate
 talk: list[Mapping[str, Any] | ChatCompletionMessage] = [*messages]
 with ChatClient(model="demo") as client:
     try:
-        answer = client.stream(talk, temperature=0, stop=["."])
-        for chunk in answer:
+        streamed = client.stream(talk, temperature=0, stop=["."])
+        for chunk in streamed:
             for choice in chunk.choices:
                 print(choice.index, choice.delta.content or "", chunk.reasoning)
-        talk.append(answer.completion.choices[0].message)
-        usage, response = client.generate(talk).usage, answer.response
+        talk.append(streamed.completion.choices[0].message)
+        usage, response = client.generate(talk).usage, streamed.response
         print(usage.total_tokens if usage else 0, response and response.status_code)
         generate(talk, base_url="http://127.0.0.1:9", max_retries=0)
     except APIError as error:
