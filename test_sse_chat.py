@@ -5483,8 +5483,10 @@ def test_a_client_outlives_its_event_loop(anyio_backend):
         client = sse_chat.AsyncChatClient(base_url=server.url)
         for _ in range(3):
             got = anyio.run(two, backend=name, backend_options=options)
-            gc.collect()  # here, where its warnings are expected
             assert got == [("Hello", None)] * 2
+            gc.collect()  # here, where its warnings are expected
+        client = None
+        gc.collect()
 
 
 async def test_a_host_that_cannot_be_is_an_error_of_ours(chat, waits):
