@@ -5573,6 +5573,8 @@ for way in (ways, lambda: asyncio.run(ask()), with_client):
 
 
 def test_certificates_that_are_not_there_are_told():
+    if httpx.__version__.startswith(("0.26.", "0.27.")):
+        pytest.skip("before 0.28 httpx takes no notice of a file that is not there")
     missing = "/nowhere/certificates.pem"
     lines = run_program(MISSING_CERTIFICATES, "", SSL_CERT_FILE=missing).splitlines()
     assert len(lines) == 3
@@ -6509,7 +6511,7 @@ SENT_ANEW = {  # options; the line of the request, its content-type, its body
         {"method": "POST", "json": {"a": "ä"}},
         "POST /v1",
         "application/json",
-        '{"a":"ä"}'.encode(),
+        httpx.Request("POST", "http://a", json={"a": "ä"}).content,
     ),
     "bytes": ({"method": "PUT", "content": b"\0\xff"}, "PUT /v1", None, b"\0\xff"),
     "text": ({"method": "POST", "content": "ä"}, "POST /v1", None, "ä".encode()),
