@@ -2777,7 +2777,7 @@ def _models_request(options: Json, pool: _Pool) -> _Request:
 
 
 class _Deadline:
-    """A time limit on the waits of a stream; `with` it around each wait.
+    """A time limit on a stream; `with` it around each wait.
 
     The time that the caller takes between two waits does not count, so data that has
     arrived meanwhile is never late.
@@ -2808,6 +2808,19 @@ class _Deadline:
 
     def __exit__(self, *exc_info: object) -> None:
         self._seconds, self._started = self.left, 0.0
+
+    def count(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield the items, and count the time that it takes to read them as well.
+
+        Under a flood of comments nearly all the time goes into reading them.
+        """
+        remaining = iter(items)
+        while True:
+            with self:
+                item = next(remaining, None)
+            if item is None:
+                return
+            yield item
 
 
 class _Control:
@@ -2931,8 +2944,12 @@ class _Reader:
     def feed(self, data: bytes) -> Iterable[Any]:
         """Return what `data` completes. Raises APIError."""
         if self._unpacker is None:
-            return self._read(data)
-        return self._read_packed(self._unpacker, data)
+            items = self._read(data)
+        else:
+            items = self._read_packed(self._unpacker, data)
+        if self.deadline.is_unlimited:
+            return items
+        return self.deadline.count(items)
 
     def _read_packed(self, unpacker: _Unpacker, data: bytes) -> Iterator[Any]:
         try:
@@ -3198,6 +3215,8 @@ class _AnswerReader(_Reader):
         """Read events that only one line end parts, so that they came as one."""
         for line in text.split("\n"):
             yield from self._read_data(line)
+            if self.is_done:
+                return
 
     def _read_body(self) -> ChatCompletionChunk:
         """Return the answer that a JSON body is, with or without `[DONE]` after it."""
