@@ -80,12 +80,13 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 # Micro-optimization: httpx, and modules that few uses need, are imported where those
 # uses begin. Importing this file then takes a third of the time.
 if TYPE_CHECKING:
     import argparse
+    from urllib.parse import SplitResult
 
     from httpx import AsyncClient, Client, Request, Response, Timeout
 else:  # for programs that read the annotations at run time
@@ -2311,25 +2312,30 @@ def _is_local(url: str) -> bool:
     return "." not in host
 
 
+def _split_url(name: str, url: str) -> SplitResult:
+    """Return the parts of a URL. Raises ValueError if it is not one of a server."""
+    from urllib.parse import urlsplit
+
+    with suppress(ValueError):  # whose words may hold a piece of a password
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    raise ValueError(f"{name}: expected a URL such as {DEFAULT_BASE_URL}")
+
+
 def _parse_base_url(text: str, path: str) -> tuple[str, str]:
     """Return the URL of a path under a base URL, and its user:password.
 
     The login does not stay in the URL, since httpx logs that. A bare host gets the path
     /v1, which nearly every server has. Raises ValueError if it is not a URL.
     """
-    from urllib.parse import unquote, urlsplit
+    from urllib.parse import unquote
 
     if "://" not in text:
         # A key must not go unencrypted to a host on the internet.
         scheme = "http" if _is_local("//" + text) else "https"
         text = f"{scheme}://{text}"
-    parts = None
-    with suppress(ValueError):  # whose words may hold a piece of a password
-        candidate = urlsplit(text)
-        if candidate.port != 0:
-            parts = candidate
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"base_url: expected a URL such as {DEFAULT_BASE_URL}")
+    parts = _split_url("base_url", text)
     login, at, host = parts.netloc.rpartition("@")
     if at and ":" not in login:
         login += ":"
@@ -2462,7 +2468,7 @@ def _connect_advice(url: str, causes: list[BaseException]) -> str:
 _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
-def _reason(cause: BaseException) -> str:
+def _exception_text(cause: BaseException) -> str:
     """Return the words of an exception, or of its cause: trio's are empty."""
     texts = [str(each) for each in _causes(cause)]
     return next(filter(None, texts), type(cause).__name__)
@@ -2564,7 +2570,7 @@ def _check_client(kind: str, client: Any) -> None:
         raise TypeError(f"client: expected an httpx.{kind}")
 
 
-class _Pool:
+class _ClientSource:
     """The client to send with: the caller's, one that is kept, or one for this call."""
 
     def __init__(self, kind: str, client: Any = None, is_kept: bool = False) -> None:
@@ -2593,7 +2599,7 @@ class _Pool:
             if client is None:
                 client = self._new(request)
                 self.keeps_connections = False
-            self._clients[home] = client
+            self._clients.setdefault(home, client)  # another thread may be as far
         return nullcontext(self._clients[home])
 
     def prepare(self, request: _Request) -> None:
@@ -2621,10 +2627,10 @@ def _find_base_url(options: Json) -> str:
     return base_url.strip() or DEFAULT_BASE_URL
 
 
-def _find_api_key(options: Json, pool: _Pool) -> str:
+def _find_api_key(options: Json, source: _ClientSource) -> str:
     """Return the key; the environment's is not for a client with a key of its own."""
     api_key = options.get("api_key")
-    if api_key is None and "authorization" not in pool.headers:
+    if api_key is None and "authorization" not in source.headers:
         api_key = os.environ.get("OPENAI_API_KEY")
     return (api_key or "").strip()
 
@@ -2643,17 +2649,19 @@ def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Res
 class _Request:
     """A request, checked: its bytes are made here, not when it is sent."""
 
-    def __init__(self, method: str, path: str, options: Json, pool: _Pool) -> None:
+    def __init__(
+        self, method: str, path: str, options: Json, source: _ClientSource
+    ) -> None:
         max_retries = _whole_number("max_retries", options.get("max_retries", 2), 0)
         max_bytes = options.get("max_event_bytes", DEFAULT_MAX_EVENT_BYTES)
 
         self.method = method
         self.url, login = _parse_base_url(_find_base_url(options), path)
-        headers = _request_headers(_find_api_key(options, pool), login)
+        headers = _request_headers(_find_api_key(options, source), login)
         self.headers = _check_headers({**headers, **(options.get("headers") or {})})
         self.timeout = _check_timeout(options.get("timeout", DEFAULT_TIMEOUT))
         self.content: bytes | None = None
-        self.pool = pool
+        self.source = source
         self.retries = _Retries(max_retries)
         self.secrets = _Secrets(login)
         self.secrets.add(self.headers, self.url)
@@ -2688,7 +2696,7 @@ class _Request:
 
     def wait_after(self, error: APIError, time_left: float | None) -> float | None:
         """Return the seconds to wait before sending it again, None for not at all."""
-        return self.retries.wait_after(error, time_left, self.pool.keeps_connections)
+        return self.retries.wait_after(error, time_left, self.source.keeps_connections)
 
     def error(self, cause: Exception) -> APIError:
         """Return the error of an attempt for which something was raised."""
@@ -2696,12 +2704,12 @@ class _Request:
         if response is not None:  # an event hook called raise_for_status()
             body = response.content if response.is_stream_consumed else b""
             return self.status_error(response, body)
-        words = self.secrets.redact(_reason(cause))
+        words = self.secrets.redact(_exception_text(cause))
         return self._prepare(_connection_error(cause, words, self.url), cause)
 
     def environment_error(self, cause: Exception) -> APIError:
         """Return the error of a client that could not be made."""
-        words = self.secrets.redact(_reason(cause))
+        words = self.secrets.redact(_exception_text(cause))
         return self._prepare(_environment_error(cause, words), cause)
 
     def _prepare(self, error: APIError, cause: Exception) -> APIError:
@@ -2739,12 +2747,12 @@ class _Request:
 
 
 def _chat_request(
-    messages: Messages, options: Json, pool: _Pool, is_stream: bool
+    messages: Messages, options: Json, source: _ClientSource, is_stream: bool
 ) -> _Request:
     """Return the request of a chat. Raises TypeError and ValueError."""
     for name in options.keys() & _OPENAI_KEYWORDS.keys():
         raise TypeError(f"unexpected keyword {name}: {_OPENAI_KEYWORDS[name]}")
-    request = _Request("POST", "/chat/completions", options, pool)
+    request = _Request("POST", "/chat/completions", options, source)
     if not is_stream:
         request.headers["accept"] = "application/json"
     model = options.get("model") or os.environ.get("OPENAI_MODEL", "").strip()
@@ -2764,9 +2772,9 @@ def _chat_request(
     return request
 
 
-def _models_request(options: Json, pool: _Pool) -> _Request:
+def _models_request(options: Json, source: _ClientSource) -> _Request:
     """Return the request of a list of models. Raises TypeError and ValueError."""
-    request = _Request("GET", "/models", options, pool)
+    request = _Request("GET", "/models", options, source)
     request.headers["accept"] = "application/json"
     limit = request.expected.first_token_timeout
     request.expected.first_token_timeout = limit or MODELS_TIMEOUT
@@ -3298,7 +3306,7 @@ class _AnswerReader(_Reader):
                 return self._late(f"{silence}, waiting for the first token", cause)
             return self._truncated(self._cut_off(silence), cause)
         if cause is not None:
-            words = f"the connection broke ({_reason(cause)})"
+            words = f"the connection broke ({_exception_text(cause)})"
             return self._truncated(self._cut_off(words), cause)
         if self.is_done:
             return self._invalid("[DONE] and no answer")
@@ -3364,7 +3372,7 @@ class _ModelsReader(_Reader):
             return self.fail(APITimeoutError(f"no list of models within {limit:g} s"))
         words = "it ended"
         if self.cause is not None:
-            words = self._expected.redact(_reason(self.cause))
+            words = self._expected.redact(_exception_text(self.cause))
         return self.fail(TruncatedStreamError(f"the list was cut off: {words}"))
 
 
@@ -3566,7 +3574,7 @@ def _send(request: _Request, reader: _Reader, client: Any) -> Response:
         request.retries.begin_attempt()
         result = _attempt(request, reader, client)
         if not isinstance(result, APIError):
-            request.pool.keeps_connections = True
+            request.source.keeps_connections = True
             return result
         wait = request.wait_after(result, deadline.left)
         if wait is None:
@@ -3585,7 +3593,7 @@ async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
             request.retries.begin_attempt()
             result = await _aattempt(request, reader, client)
             if not isinstance(result, APIError):
-                request.pool.keeps_connections = True
+                request.source.keeps_connections = True
                 return result
             wait = request.wait_after(result, deadline.left)
             if wait is None:
@@ -3647,7 +3655,7 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
 
 def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
     """Yield what the reader makes of the answer; closing this closes what it opened."""
-    with request.pool.open(request) as client:
+    with request.source.open(request) as client:
         with reader.deadline:
             response = _send(request, reader, client)
         with closing(response):
@@ -3671,7 +3679,7 @@ async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]
     import anyio.lowlevel  # httpx brings it
 
     loop = anyio.lowlevel.current_token()
-    async with request.pool.open(request, loop) as client:
+    async with request.source.open(request, loop) as client:
         with reader.deadline:
             response = await _asend(request, reader, client)
         async with aclosing(response):
@@ -3711,10 +3719,13 @@ def _close_elsewhere(items: Any, process: int) -> None:
         _close_quietly(items)
 
 
-class _SyncStream:
-    """The base of the sync streams: it closes the generator that does the work."""
+_Item = TypeVar("_Item")
 
-    def _run(self, items: Generator[Any], control: _Control) -> None:
+
+class _SyncStream(Iterator[_Item]):
+    """The base of the sync streams: takes from a generator that does the work."""
+
+    def _run(self, items: Generator[_Item], control: _Control) -> None:
         self._items = items
         self._control = control
         # Garbage collection may drop the stream anywhere, also inside the lock of
@@ -3722,6 +3733,25 @@ class _SyncStream:
         # good, so this keeps the generator, and closes it in a thread of its own.
         finalizer = weakref.finalize(self, _close_elsewhere, items, os.getpid())
         finalizer.atexit = False
+
+    def __next__(self) -> _Item:
+        try:
+            for item in self._items:
+                return item
+        except ValueError:  # another thread is closing the generator
+            if not self._control.is_closed:
+                raise
+        self._check_end()
+        raise StopIteration
+
+    def _check_end(self) -> None:
+        """Raise what a stream that has ended raises whenever it is asked again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connection, so that the server stops.
@@ -3735,16 +3765,32 @@ class _SyncStream:
         except ValueError:  # another thread runs it, and closes it when it is woken
             _interrupt_read(self._control.response)
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
-
-class _AsyncStream:
+class _AsyncStream(AsyncIterator[_Item]):
     """Async twin of `_SyncStream`; the event loop looks after dropped generators."""
 
-    def _run(self, items: AsyncGenerator[Any], control: _Control) -> None:
+    def _run(self, items: AsyncGenerator[_Item], control: _Control) -> None:
         self._items = items
         self._control = control
+
+    async def __anext__(self) -> _Item:
+        try:
+            async for item in self._items:
+                return item
+        except RuntimeError:  # another task is closing the generator
+            if not self._control.is_closed:
+                raise
+        self._check_end()
+        raise StopAsyncIteration
+
+    def _check_end(self) -> None:
+        """Raise what a stream that has ended raises whenever it is asked again."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
 
     async def aclose(self) -> None:
         """Close the connection, so that the server stops; a waiting task is woken."""
@@ -3754,14 +3800,16 @@ class _AsyncStream:
         except RuntimeError:  # another task runs it, and closes it when it is woken
             await self._control.interrupt()
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
-
 
 class _Answer:
-    """The properties of both streams of an answer."""
+    """The parts of both streams of an answer."""
 
     _reader: _AnswerReader
+
+    def _check_end(self) -> None:
+        # Without this, a stream that was broken off would look whole when asked again.
+        self._reader.control.close()
+        self._reader.check()
 
     @property
     def completion(self) -> ChatCompletion:
@@ -3798,12 +3846,7 @@ class _SurrogateJoiner:
         return self._decode(text.encode("utf-16-le", "surrogatepass"), final)
 
 
-class ChatStream(
-    _Answer,
-    _SyncStream,
-    Iterator[ChatCompletionChunk],
-    AbstractContextManager["ChatStream"],
-):
+class ChatStream(_Answer, _SyncStream[ChatCompletionChunk]):
     """A streamed answer: an iterator of ChatCompletionChunk, and a context manager.
 
     The request is sent at the first `next()`. Iteration stops only after a complete
@@ -3816,18 +3859,6 @@ class ChatStream(
         self._reader = _AnswerReader(request.expected, _Control())
         self._run(_stream_answer(request, self._reader), self._reader.control)
 
-    def __next__(self) -> ChatCompletionChunk:
-        try:
-            for chunk in self._items:
-                return chunk  # type: ignore[no-any-return]
-        except ValueError:  # another thread is closing the generator
-            if not self._control.is_closed:
-                raise
-        # Without this, a stream that was broken off would look whole when asked again.
-        self._control.close()
-        self._reader.check()
-        raise StopIteration
-
     def text(self) -> Iterator[str]:
         """Iterate over the text of the first answer alone; it can be encoded."""
         joiner = _SurrogateJoiner()
@@ -3838,29 +3869,12 @@ class ChatStream(
             yield text
 
 
-class AsyncChatStream(
-    _Answer,
-    _AsyncStream,
-    AsyncIterator[ChatCompletionChunk],
-    AbstractAsyncContextManager["AsyncChatStream"],
-):
+class AsyncChatStream(_Answer, _AsyncStream[ChatCompletionChunk]):
     """Async twin of `ChatStream`, for asyncio and trio."""
 
     def __init__(self, request: _Request) -> None:
         self._reader = _AnswerReader(request.expected, _Control())
         self._run(_astream_answer(request, self._reader), self._reader.control)
-
-    async def __anext__(self) -> ChatCompletionChunk:
-        try:
-            async for chunk in self._items:
-                return chunk  # type: ignore[no-any-return]
-        except RuntimeError:  # another task is closing the generator
-            if not self._control.is_closed:
-                raise
-        # Without this, a stream that was broken off would look whole when asked again.
-        self._control.close()
-        self._reader.check()
-        raise StopAsyncIteration
 
     async def text(self) -> AsyncIterator[str]:
         """Iterate over the text of the first answer alone; it can be encoded."""
@@ -4099,18 +4113,6 @@ def _check_request(request: Json) -> Json:
     return request
 
 
-def _check_url(url: str) -> None:
-    from urllib.parse import urlsplit
-
-    parts = None
-    with suppress(ValueError):
-        candidate = urlsplit(url)
-        if candidate.port != 0:
-            parts = candidate
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("url: expected an http or https URL")
-
-
 class _Listener:
     """The parts of both twins: the plan, the client and the request."""
 
@@ -4124,7 +4126,7 @@ class _Listener:
         self._client = client
         self._request = _check_request(request)
         if client is None:
-            _check_url(plan.url)
+            _split_url("url", plan.url)
 
     def open(self) -> Any:
         """Return a context manager that gives the client, and closes one of ours."""
@@ -4233,54 +4235,31 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
                     await anyio.sleep(plan.wait())
 
 
-class EventStream(
-    _SyncStream, Iterator[ServerSentEvent], AbstractContextManager["EventStream"]
-):
-    """The events of a URL over any number of connections; see `listen`."""
+class _Events:
+    """The parts of both streams of events."""
 
-    def __init__(self, listener: _Listener) -> None:
-        self._plan = listener.plan
-        self._run(_listen(listener), listener.control)
+    _plan: _Reconnection
 
     @property
     def last_event_id(self) -> str:
         """The id to give back to `listen` when the program starts again."""
         return self._plan.last_event_id
 
-    def __next__(self) -> ServerSentEvent:
-        try:
-            for event in self._items:
-                return event  # type: ignore[no-any-return]
-        except ValueError:  # another thread is closing the generator
-            if not self._control.is_closed:
-                raise
-        raise StopIteration
+
+class EventStream(_Events, _SyncStream[ServerSentEvent]):
+    """The events of a URL over any number of connections; see `listen`."""
+
+    def __init__(self, listener: _Listener) -> None:
+        self._plan = listener.plan
+        self._run(_listen(listener), listener.control)
 
 
-class AsyncEventStream(
-    _AsyncStream,
-    AsyncIterator[ServerSentEvent],
-    AbstractAsyncContextManager["AsyncEventStream"],
-):
+class AsyncEventStream(_Events, _AsyncStream[ServerSentEvent]):
     """Async twin of `EventStream`, for asyncio and trio."""
 
     def __init__(self, listener: _Listener) -> None:
         self._plan = listener.plan
         self._run(_alisten(listener), listener.control)
-
-    @property
-    def last_event_id(self) -> str:
-        """The id to give back to `alisten` when the program starts again."""
-        return self._plan.last_event_id
-
-    async def __anext__(self) -> ServerSentEvent:
-        try:
-            async for event in self._items:
-                return event  # type: ignore[no-any-return]
-        except RuntimeError:  # another task is closing the generator
-            if not self._control.is_closed:
-                raise
-        raise StopAsyncIteration
 
 
 def listen(
@@ -4385,14 +4364,16 @@ def stream_chat(messages: Messages, **options: Unpack[ChatOptions]) -> ChatStrea
     Raises ValueError or TypeError for options that cannot be used; the stream raises
     APIError.
     """
-    pool = _Pool("Client", options.get("client"))
-    return ChatStream(_chat_request(messages, dict(options), pool, is_stream=True))
+    source = _ClientSource("Client", options.get("client"))
+    return ChatStream(_chat_request(messages, dict(options), source, is_stream=True))
 
 
 def astream_chat(messages: Messages, **options: Unpack[ChatOptions]) -> AsyncChatStream:
     """Async twin of `stream_chat`: `async for chunk in astream_chat("hi")`."""
-    pool = _Pool("AsyncClient", options.get("client"))
-    return AsyncChatStream(_chat_request(messages, dict(options), pool, is_stream=True))
+    source = _ClientSource("AsyncClient", options.get("client"))
+    return AsyncChatStream(
+        _chat_request(messages, dict(options), source, is_stream=True)
+    )
 
 
 def _generate(request: _Request) -> ChatCompletion:
@@ -4411,16 +4392,16 @@ async def _agenerate(request: _Request) -> ChatCompletion:
 
 def generate(messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
     """Ask as `stream_chat` does, and return the whole answer. Raises APIError."""
-    pool = _Pool("Client", options.get("client"))
-    return _generate(_chat_request(messages, dict(options), pool, is_stream=False))
+    source = _ClientSource("Client", options.get("client"))
+    return _generate(_chat_request(messages, dict(options), source, is_stream=False))
 
 
 async def agenerate(
     messages: Messages, **options: Unpack[ChatOptions]
 ) -> ChatCompletion:
     """Async twin of `generate`."""
-    pool = _Pool("AsyncClient", options.get("client"))
-    request = _chat_request(messages, dict(options), pool, is_stream=False)
+    source = _ClientSource("AsyncClient", options.get("client"))
+    request = _chat_request(messages, dict(options), source, is_stream=False)
     return await _agenerate(request)
 
 
@@ -4447,27 +4428,29 @@ def models(**options: Unpack[ChatOptions]) -> list[str]:
     Of the options of `stream_chat`, those count that say where and how to ask. The
     limit for the whole list is 30 seconds, or `first_token_timeout`.
     """
-    pool = _Pool("Client", options.get("client"))
-    return _models(_models_request(dict(options), pool))
+    source = _ClientSource("Client", options.get("client"))
+    return _models(_models_request(dict(options), source))
 
 
 async def amodels(**options: Unpack[ChatOptions]) -> list[str]:
     """Async twin of `models`."""
-    pool = _Pool("AsyncClient", options.get("client"))
-    return await _amodels(_models_request(dict(options), pool))
+    source = _ClientSource("AsyncClient", options.get("client"))
+    return await _amodels(_models_request(dict(options), source))
 
 
 class _Client:
     """The parts of both clients: a pool of connections, and options."""
 
     def __init__(self, kind: str, options: Json) -> None:
-        self._pool = _Pool(kind, options.get("client"), is_kept=True)
+        self._source = _ClientSource(kind, options.get("client"), is_kept=True)
         owned = {
             "base_url": _find_base_url(options),
-            "api_key": _find_api_key(options, self._pool),
+            "api_key": _find_api_key(options, self._source),
         }
         self._options: Json = options | owned
-        self._pool.prepare(_chat_request("", self._options, self._pool, is_stream=True))
+        self._source.prepare(
+            _chat_request("", self._options, self._source, is_stream=True)
+        )
 
     def _merged_with(self, options: Any) -> Json:
         """Return the options of a call: its own before the client's."""
@@ -4482,10 +4465,10 @@ class _Client:
 
     def _chat(self, messages: Messages, options: Any, is_stream: bool) -> _Request:
         merged = self._merged_with(options)
-        return _chat_request(messages, merged, self._pool, is_stream)
+        return _chat_request(messages, merged, self._source, is_stream)
 
     def _models(self, options: Any) -> _Request:
-        return _models_request(self._merged_with(options), self._pool)
+        return _models_request(self._merged_with(options), self._source)
 
 
 class ChatClient(_Client, AbstractContextManager["ChatClient"]):
@@ -4515,7 +4498,7 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
     def close(self) -> None:
         """Close the connections."""
-        for client in self._pool.clients_here():
+        for client in self._source.clients_here():
             client.close()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -4548,7 +4531,7 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
         """Close the connections."""
         import anyio.lowlevel
 
-        for client in self._pool.clients_here(anyio.lowlevel.current_token()):
+        for client in self._source.clients_here(anyio.lowlevel.current_token()):
             await client.aclose()
 
     async def __aexit__(self, *exc_info: object) -> None:

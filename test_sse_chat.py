@@ -3935,6 +3935,8 @@ def test_lines_of_json_in_one_event_are_a_chunk_each():
     assert failed.error.message == TOLD
     broken = chunks_in(*lines[:2], b"data: {oops\n\n")
     assert type(broken.error) is Invalid
+    more = chunks_in(*lines, lines[0], b"data: {oops\n\n")  # [DONE] is the last
+    assert (more.error, more.text, len(more.chunks)) == (None, "Hello", 3)
 
 
 @pytest.mark.parametrize(
@@ -5793,6 +5795,25 @@ async def test_the_callers_own_time_is_not_the_servers(chat):
             assert type(answer.error) is (error or NoneType)
             assert error or answer.text == "Hello"
             assert 0.2 < time.monotonic() - began < 5 or not error
+
+
+class Flood(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """Comments that are there at once, so that reading them takes all the time."""
+
+    def __iter__(self):
+        return itertools.repeat(b": x\n" * 9999, 20_000)
+
+    async def __aiter__(self):
+        for data in self:
+            yield data
+
+
+async def test_the_time_that_reading_takes_counts(chat):
+    options = {"first_token_timeout": 0.2, "max_retries": 0}
+    answer = await ask_mock(
+        chat, lambda _: httpx.Response(200, stream=Flood()), **options
+    )
+    assert type(answer.error) is Timeout
 
 
 # ---- Unpacking -----------------------------------------------------------------------
