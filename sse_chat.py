@@ -1335,14 +1335,12 @@ def _parse_json(text: str) -> tuple[Any, Exception | None]:
     """Return the value of a JSON text and None, or None and why it is not JSON."""
     # Micro-optimization: json.loads also searches for white space around the value.
     # Events have none, and without that search this takes half the time.
-    value, end = None, -1
-    if text[:1] == "{":
-        try:
-            value, end = _scan_json(text, 0)
-        except (ValueError, RecursionError, StopIteration):
-            end = -1  # json.loads says where
-    if end == len(text):
-        return value, None
+    try:
+        value, end = _scan_json(text, 0)
+        if end == len(text):
+            return value, None
+    except (ValueError, RecursionError, StopIteration):
+        pass  # json.loads says where
     try:
         return json.loads(text), None
     except (ValueError, RecursionError) as error:
@@ -3066,6 +3064,19 @@ def _has_token(delta: ChoiceDelta) -> bool:
     return bool(texts or delta.tool_calls or delta.function_call)
 
 
+def _is_plain(chunk: ChatCompletionChunk) -> bool:
+    """Tell whether a chunk only continues its choices.
+
+    It ends none of them then, and reports no error: that has no field in a chunk.
+    """
+    if chunk.extra is not None or not chunk.choices or chunk.object == "error":
+        return False
+    for choice in chunk.choices:
+        if choice.extra is not None or choice.finish_reason is not None:
+            return False
+    return True
+
+
 def _check_size(payload: Any) -> None:
     """Raise ValueError if a payload has too many levels, or too many objects to build.
 
@@ -3247,22 +3258,30 @@ class _AnswerReader(_Reader):
         return chunk
 
     def _read_payload(self, payload: Any, text: str) -> ChatCompletionChunk:
-        if _find_error(payload) is not None:
-            raise self._server_error(text)
-        if type(payload) is not dict:
-            raise self._invalid("JSON that is not an answer", text)
+        # Micro-optimization: this takes a tenth less than to check every payload.
         try:
-            # Micro-optimization: a short text cannot hold so many objects, and deep
-            # ones are refused where they are copied.
-            if len(text) > MAX_OBJECTS:
-                _check_size(payload)
+            if type(payload) is not dict or len(text) > MAX_OBJECTS:
+                self._check_payload(payload, text)
             chunk = ChatCompletionChunk.from_dict(payload)
+            is_plain = _is_plain(chunk)
+            if not is_plain:
+                self._check_payload(payload, text)
             self._accumulator.add(chunk)
         except (ValueError, RecursionError) as error:
             problem = f"JSON that is not an answer ({error})"
             raise self._invalid(problem, text) from None
-        self._set_deadline(chunk)
+        if self._is_ending or not (is_plain and self._has_token):
+            self._set_deadline(chunk)
         return chunk
+
+    def _check_payload(self, payload: Any, text: str) -> None:
+        """Raise APIError for an error or no object, ValueError for one too large."""
+        if _find_error(payload) is not None:
+            raise self._server_error(text)
+        if type(payload) is not dict:
+            raise self._invalid("JSON that is not an answer", text)
+        if len(text) > MAX_OBJECTS:  # a shorter text cannot hold so many
+            _check_size(payload)
 
     def _set_deadline(self, chunk: ChatCompletionChunk) -> None:
         """Limit the waits: for the first token, and after the last finish_reason."""
