@@ -12,7 +12,7 @@
     Listening                    the event source that connects again
     Threads, memory, packages
     The program                  in pipes and at a terminal; the demo server
-    The README                   its snippets, its names; types, pydantic, FastAPI
+    The README                   its snippets, its names; types, pydantic, FastAPI, Dask
 
 `pytest -m live` runs the tests of a real server, whose base URL is in
 SSE_CHAT_LIVE_URL, `-m install` those that install the project as users do, `-m httpx2`
@@ -8306,7 +8306,7 @@ def test_a_terminal_that_cannot_be_read_ends_the_conversation():
         assert tty.process.wait(PATIENCE) == 1
 
 
-# ---- The README, types for everybody, pydantic and FastAPI ---------------------------
+# ---- The README, types for everybody, pydantic, FastAPI and Dask ---------------------
 
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -8785,3 +8785,17 @@ def test_fastapi_gives_an_answer_and_relays_a_stream_until_its_client_leaves():
             assert [chunk.text for chunk in chunks] == ["one ", "two "]
             assert not upstream.left.acquire(timeout=0.1)
         assert upstream.left.acquire(timeout=20)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dask's own
+def test_dask_maps_generate_over_processes(demo_url):
+    """Options, answers and errors are pickled on their way."""
+    dask = needs("distributed")
+    prompts = [f"What is {number} + {number}?" for number in range(20)]
+    ask = functools.partial(sse_chat.generate, model="demo", base_url=demo_url)
+    processes = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with dask.LocalCluster(**processes) as cluster, dask.Client(cluster) as client:
+        answers = client.gather(client.map(ask, prompts))
+        assert [answer.text for answer in answers] == [ask(p).text for p in prompts]
+        error = client.submit(ask, "hi", base_url=f"{demo_url}/nope").exception()
+        assert (type(error), error.status_code) == (Status, 404)
