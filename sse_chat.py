@@ -117,9 +117,9 @@ __all__ = [
 
 __version__ = "0.3.0"
 
-# The limits of what one server can make this module hold.
-DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024  # of one event, or of an answer as JSON
-MAX_CHOICES = 1024  # of an answer, and tool calls of a choice
+# Limits on the memory that an answer can take.
+DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024  # bytes of an event, or of a JSON answer
+MAX_CHOICES = 1024  # choices of an answer, and tool calls of a choice
 MAX_DEPTH = 100  # levels of lists and objects in a payload
 # An answer of 4,000 tokens with 20 alternatives each has 84,000 objects.
 MAX_OBJECTS = 100_000  # in one payload
@@ -244,6 +244,22 @@ class SSELineDecoder:
         return lines
 
 
+def _whole_number(name: str, value: Any, least: int = 1) -> int:
+    """Return an option that must be an int. Raises TypeError, ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value!r}")
+    return value
+
+
+def _byte_limit(max_event_bytes: Any) -> int:
+    """Return a limit in bytes; None means that there is none."""
+    if max_event_bytes is None:
+        return sys.maxsize
+    return _whole_number("max_event_bytes", max_event_bytes)
+
+
 class SSEDecoder:
     """Turns bytes, or lines, into events.
 
@@ -318,6 +334,7 @@ class SSEDecoder:
         if self._overflow:
             self._lines._pending.clear()
             return events
+        # The end of the last line does not count.
         data, size, max_size = self._data, self._size, self._max_bytes + 1
         event, id = self._event, self._id
         for line in lines:
@@ -369,36 +386,22 @@ class SSEDecoder:
 
     def _set_overflow(self, line: bytes) -> None:
         """Give up, and hold nothing more of the stream."""
+        # The beginning of the event: the message here has 200 bytes of it, the error of
+        # the chat reader more.
         self._overflow_data = (self._data or [line])[0][:1000]
         start = self._overflow_data[:200].decode("utf-8", "replace")
         limit = self._max_bytes
         self._overflow = f"an event of more than {limit} bytes: {start!r}"
-        self._max_bytes = -2  # from now on every line is above the limit
+        self._max_bytes = -1  # nothing takes the shortcuts of _feed any more
         self._data.clear()
         self._lines._pending.clear()
-
-
-def _whole_number(name: str, value: Any, least: int = 1) -> int:
-    """Return an option that is a whole number. Raises TypeError, ValueError."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected {least} or more, got {value!r}")
-    return value
-
-
-def _byte_limit(max_event_bytes: Any) -> int:
-    """Return a limit, which is None for none, as a number of bytes."""
-    if max_event_bytes is None:
-        return sys.maxsize
-    return _whole_number("max_event_bytes", max_event_bytes)
 
 
 def iter_lines(chunks: Iterable[bytes]) -> Iterator[str]:
     """Yield the lines of a stream of bytes. A last line without an end is not one.
 
-    httpx's `Response.iter_lines` also splits at eight characters that are legal in JSON
-    (U+2028, U+0085, FF …), and drops them.
+    httpx's `Response.iter_lines` also splits at U+2028, U+2029 and U+0085, which JSON
+    strings may contain, and drops them.
     """
     decoder = SSELineDecoder()
     for data in chunks:
@@ -474,9 +477,10 @@ class EventSource:
     def _events(self, data: bytes) -> Iterator[ServerSentEvent]:
         decoder = self._decoder
         for event in decoder._feed(data):
-            # The decoder is ahead of the caller: it has decoded the whole read.
+            # The decoder has processed the whole read; the caller is at this event.
             self.last_event_id = event.id
-            self.retry = decoder.retry
+            if event.retry is not None:
+                self.retry = event.retry
             yield event
         self.last_event_id = decoder.last_event_id
         self.retry = decoder.retry
@@ -490,7 +494,7 @@ class EventSource:
 
 def _event_stream_options(client: Client | AsyncClient, options: Json) -> Json:
     """Return the options of a request, with the headers that httpx-sse sends."""
-    headers = type(client.headers)(options.get("headers"))
+    headers = type(client.headers)(options.get("headers"))  # of httpx, or of httpx2
     headers["accept"] = "text/event-stream"
     headers["cache-control"] = "no-store"
     return options | {"headers": headers}
@@ -528,8 +532,8 @@ async def aconnect_sse(
 
 # ---- Chat types ----------------------------------------------------------------------
 #
-# openai's names, fields, order and repr. Whatever a server sends can be read into them;
-# nothing is validated, and `raw` has all of it.
+# openai's names, fields, order and repr. Whatever a server sends can be read into them:
+# nothing is validated, and nothing is lost.
 
 
 def _dicts(value: Any) -> list[Json]:
@@ -558,7 +562,10 @@ def _repair_surrogates(text: str) -> str:
 def _repair_strings(value: Any) -> Any:
     """Return a copy of a JSON value with surrogate pairs repaired."""
     if isinstance(value, dict):
-        return {name: _repair_strings(item) for name, item in value.items()}
+        return {
+            _repair_surrogates(name): _repair_strings(item)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
         return [_repair_strings(item) for item in value]
     return _repair_surrogates(value) if isinstance(value, str) else value
@@ -567,7 +574,7 @@ def _repair_strings(value: Any) -> Any:
 def _converter(hint: Any) -> Callable[[Any], Any]:
     """Return the function that converts a JSON value; it returns None if it cannot."""
     if hint in (int, float):
-        # A count of a wrong type is better than one that is wrongly 0.
+        # A number of a wrong type is kept: the default would be a wrong number.
         return lambda sent: sent
     args = typing.get_args(hint)
     if type(None) in args:  # X | None
@@ -588,19 +595,22 @@ def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
     return {
         name: _converter(hints[name])
         for name in model.__dataclass_fields__
-        if name != "response_headers"
+        if name != "response_headers"  # not part of the JSON
     }
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a field as JSON has it."""
+    """Return the value of a field as JSON, with our types turned into dicts."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value._to_json() if isinstance(value, _Model) else value
 
 
 def _holds_models(value: Any, sent: Any) -> bool:
-    """Tell whether a value is one of our types, or a list of as many as were sent."""
+    """Tell whether a value is one of our types, or a list of them.
+
+    A list that lacks an item, since that was no object, stays as the server sent it.
+    """
     if isinstance(value, list):
         is_complete = isinstance(sent, list) and len(sent) == len(value)
         return is_complete and any(isinstance(item, _Model) for item in value)
@@ -610,9 +620,10 @@ def _holds_models(value: Any, sent: Any) -> bool:
 class _Model:
     """The base of the chat types.
 
-    `raw` is the JSON object that the server sent, None for a value made by hand.
-    `extra` is the part of it that has no field here, None if there is none. Neither is
-    a dataclass field: values are compared without them.
+    `raw` is the JSON object that the server sent. It is None for a value made by hand,
+    and for a delta of nothing but text and a role, whose fields are all of it. `extra`
+    is the part of it that has no field here, None if there is none. Neither is a
+    dataclass field: values are compared without them.
     """
 
     # Micro-optimization: the base is not a dataclass, so that constructors do not set
@@ -622,7 +633,11 @@ class _Model:
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON. Never raises.
+
+        A field that is missing, null or of a wrong type has its default; but numbers
+        are kept as they came, and so are the strings of a chunk and of an answer.
+        """
         model = cls()
         model.raw = d
         converters = _converters(cls)  # type: ignore[arg-type]
@@ -641,8 +656,8 @@ class _Model:
     def to_dict(self) -> Json:
         """Return the JSON object that was sent, with the attributes changed since.
 
-        An attribute that was set to None is left out. A value made by hand has all its
-        attributes that are not None.
+        An attribute that was set to None is left out. Arguments that were sent as an
+        object are a text. A value made by hand has all attributes that are not None.
         """
         return _repair_strings(self._to_json())  # type: ignore[no-any-return]
 
@@ -670,7 +685,7 @@ class _Model:
                 result[names[0]] = _plain(value)
         if self.extra != before.get("extra"):
             for name in before.get("extra") or ():
-                del result[name]
+                result.pop(name, None)
             result |= self.extra or {}
         return result
 
@@ -696,19 +711,11 @@ _REASONING_NAMES = (
 )
 
 
-def _part_text(value: Any) -> str:
-    """Return a text that is there as such, or as a list of {"text": …}."""
-    if isinstance(value, list):
-        return "".join(_string(item.get("text")) or "" for item in _dicts(value))
-    return _string(value) or ""
-
-
-def _content_texts(content: Any) -> Iterator[str]:
-    """Yield the texts of a content that is a list of parts, or one part."""
-    for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if type(text) is str:
-            yield text
+def _text(content: Any) -> str:
+    """Return the text of a content: a str, a list of parts, or one part."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "".join(text for text in texts if type(text) is str)
 
 
 def _find_reasoning(d: Json) -> str | None:
@@ -719,13 +726,11 @@ def _find_reasoning(d: Json) -> str | None:
     # Mistral: {"type": "thinking", "thinking": [{"type": "text", "text": …}]}
     # Databricks: {"type": "reasoning", "summary": [{"type": …, "text": …}]}
     parts = _dicts(d.get("content"))
-    texts = [_part_text(part.get("thinking") or part.get("summary")) for part in parts]
+    texts = [_text(part.get("thinking") or part.get("summary")) for part in parts]
     # MiniMax, OpenRouter: [{"type": "reasoning.text", "text": …}], or with a "summary"
     if not any(texts):
         details = _dicts(d.get("reasoning_details"))
-        texts = [
-            _part_text(item.get("text") or item.get("summary")) for item in details
-        ]
+        texts = [_text(item.get("text") or item.get("summary")) for item in details]
     return "".join(texts) or None
 
 
@@ -734,14 +739,14 @@ class _Message(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON, as every type does."""
         message: Any = super().from_dict(d)
         content = d.get("content")
         if content is not None and type(content) is not str:
-            message.content = "".join(_content_texts(content))
+            message.content = _text(content)
         message.reasoning_content = _find_reasoning(d)
         if message.extra is not None:
-            names = ("reasoning", "reasoning_text")
+            names = ("reasoning", "reasoning_text")  # in reasoning_content now
             extra = {k: v for k, v in message.extra.items() if k not in names}
             message.extra = extra or None
         return message  # type: ignore[no-any-return]
@@ -823,7 +828,7 @@ class ChoiceDeltaToolCallFunction(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON, as every type does."""
         return super().from_dict(_with_text_arguments(d))
 
 
@@ -838,7 +843,7 @@ class ChoiceDeltaToolCall(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON, as every type does."""
         # Micro-optimization: nearly all pieces hold an index and text arguments, and
         # are built three times as fast by hand.
         function = d.get("function")
@@ -864,7 +869,7 @@ class ChoiceDelta(_Message):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON, as every type does."""
         # Micro-optimization: nearly all deltas hold a text, or pieces of tool calls,
         # and nothing else. They are built three times as fast by hand.
         content = d.get("content")
@@ -891,7 +896,7 @@ class Function(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON, as every type does."""
         return super().from_dict(_with_text_arguments(d))
 
 
@@ -919,7 +924,8 @@ class ChatCompletionMessage(_Message):
 
     def to_dict(self) -> Json:
         """Return it as the server sent it, and with a role, since servers want one."""
-        role = {"role": self.role or "assistant"}
+        # The role comes first, and replaces one that is null.
+        role = {"role": _repair_surrogates(self.role or "assistant")}
         return role | super().to_dict() | role
 
 
@@ -940,7 +946,7 @@ class _CompletionBase(_Model):
 
     @classmethod
     def from_dict(cls, d: Json) -> Self:
-        """Build it from JSON; what is missing, null or wrong has its default."""
+        """Build the object from JSON, as every type does."""
         # Micro-optimization: built by hand, since each chunk is built here.
         choices: list[Any] = []
         usage = d.get("usage")
@@ -977,17 +983,17 @@ class _CompletionBase(_Model):
 
     @property
     def text(self) -> str:
-        """The text of the choice with index 0, "" for none. It can be encoded."""
+        """The text of the choice with index 0, "" for none, without lone surrogates."""
         return _repair_surrogates(self._first_text())
 
     @property
     def reasoning(self) -> str:
-        """The reasoning of the choice with index 0, "" for none. It can be encoded."""
+        """The reasoning of the choice with index 0, likewise."""
         texts = [m.reasoning_content or "" for m in self._first()]
         return _repair_surrogates("".join(texts))
 
     def _first_text(self) -> str:
-        """Return the text as it came: a surrogate pair may be cut in two chunks."""
+        """Return the text as it came, perhaps with one half of a surrogate pair."""
         return "".join(message.content or "" for message in self._first())
 
     def _first(self) -> list[Any]:
@@ -996,6 +1002,7 @@ class _CompletionBase(_Model):
         return [getattr(c, "delta", None) or c.message for c in first]
 
 
+# OpenAI hides the length of chunks by an "obfuscation", which is not worth an `extra`.
 _COMPLETION_FIELDS = _converters(_CompletionBase).keys() | {"obfuscation"}
 
 
@@ -1008,8 +1015,10 @@ class _Choice(_Model):
     def _to_json(self) -> Json:
         choice = super()._to_json()
         if self.place is not None and getattr(self, "index", None) == self.place:
+            # The index is ours; write the one that was sent, if any.
             choice.pop("index", None)
-            choice |= {k: v for k, v in self.raw.items() if k == "index"}
+            if "index" in self.raw:
+                choice["index"] = self.raw["index"]
         return choice
 
     def _sent_names(self, name: str) -> list[str]:
@@ -1041,7 +1050,7 @@ class ChatCompletionChunk(_CompletionBase):
 
         @classmethod
         def from_dict(cls, d: Json) -> Self:
-            """Build it from a JSON object; a `message` may stand for the delta."""
+            """Build the object from JSON; a `message` may stand for the delta."""
             # Micro-optimization: built by hand, since each chunk is built here.
             delta = d.get("delta")
             if type(delta) is not dict:
@@ -1075,7 +1084,7 @@ _CHOICE_FIELDS = frozenset(
 class ChatCompletion(_CompletionBase):
     """A whole answer, or the part of it that arrived.
 
-    `raw` is all that the server sent; of a stream, the body it would have sent at once.
+    `raw` is all that the server sent; for a stream, what it would have sent at once.
     `response_headers` are those of the HTTP response, names in lower case; only
     `generate` has them.
     """
@@ -1091,9 +1100,12 @@ class ChatCompletion(_CompletionBase):
 
         @classmethod
         def from_dict(cls, d: Json) -> Self:
-            """Build it from JSON; what is missing, null or wrong has its default."""
+            """Build the object from JSON, as every type does."""
             choice = super().from_dict(d)
             choice.finish_reason = _find_finish_reason(d)
+            if choice.extra is not None:
+                choice.extra.pop("finishReason", None)
+                choice.extra = choice.extra or None
             return choice
 
     choices: list[ChatCompletion.Choice] = field(default_factory=list)
@@ -1134,7 +1146,7 @@ def _is_failure(reason: str) -> bool:
 
 
 def _reason_limit(reason: str | None) -> str:
-    """Return which limit a finish_reason is, "" for none."""
+    """Return the kind of limit that a finish_reason names, "" for none."""
     word = _normalise_reason(reason or "")
     if _FAILURE.search(word):
         return ""
@@ -1154,16 +1166,19 @@ def _reason_limit(reason: str | None) -> str:
 
 
 class APIError(Exception):
-    """Anything that a network or a server can do to an answer.
+    """A request failed, or its answer is broken or reports an error.
 
-    `message` is the server's own text, or ours where the server sent none; `advice` is
-    a remedy, "" for none; `place` is the URL and the time that it took. `str(error)` is
-    the status and these three.
-    `body` is the error as the server sent it, parsed JSON or text; `code`, `type` and
-    `param` are what it says there. `status_code` is None unless a status reported it,
-    `retry_after` the seconds that the server asks to wait, None if it does not.
-    `is_retryable` tells whether sending the request again may help: that is what
-    `max_retries` does. `completion` is the part of the answer that arrived before.
+    `str(error)` is the status, `message`, `place` and `advice`. The attributes:
+
+    message: the server's own text, or ours where the server sent none.
+    body: the error as the server sent it, parsed JSON or text; None if it sent none.
+    code, type, param: the fields of these names in the body.
+    status_code: that of the HTTP response, None if it was a success or there is none.
+    retry_after: the seconds that the server asks to wait, None if it does not.
+    is_retryable: whether sending the request again may help, as `max_retries` does.
+    completion: the part of the answer that arrived before.
+    place: the URL, and where there is no response, the time and number of attempts.
+    advice: a remedy, "" for none.
     """
 
     def __init__(
@@ -1226,7 +1241,7 @@ class TruncatedStreamError(APIError):
 
 
 class APIResponseValidationError(APIError):
-    """The body is not an answer: not a stream, not JSON, no choice, or over a limit."""
+    """The body is not an answer: neither stream nor JSON, empty, or over a limit."""
 
 
 # The shapes in which servers report an error, and one server that sends each.
@@ -1239,7 +1254,7 @@ class APIResponseValidationError(APIError):
 #     {"object": "error", "message": …, "type": …, "code": …}         vLLM, Mistral
 #     {"base_resp": {"status_code": 1027, "status_msg": …}}           MiniMax
 #
-# These count only without choices, since healthy chunks of others have the names:
+# These count only without choices: other servers use the names in healthy chunks.
 #
 #     {"errors": [{"code": …, "message": …}], "success": false}       Cloudflare
 #     {"detail": "text"}, {"detail": [{"msg": …}]}                    FastAPI
@@ -1260,7 +1275,7 @@ def _reports_error(value: Any) -> bool:
     """Tell whether the value of a name such as `error` or `code` means an error."""
     if isinstance(value, str):
         value = value.strip().lower()
-        if re.fullmatch("2[0-9][0-9]|0*", value):
+        if re.fullmatch("2[0-9][0-9]|0*", value):  # "" as well
             return False
         return value not in ("ok", "success", "null", "none", "false")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -1268,7 +1283,7 @@ def _reports_error(value: Any) -> bool:
     return bool(value)
 
 
-def _find_flat_error(payload: Json) -> Any:
+def _find_error_without_choices(payload: Json) -> Any:
     """Return the error in a payload that has no choices."""
     for name in ("errors", "detail"):
         if _reports_error(payload.get(name)):
@@ -1282,6 +1297,10 @@ def _find_flat_error(payload: Json) -> Any:
     return None
 
 
+# Micro-optimization: one test for these three, since few payloads have any of them.
+_ERROR_NAMES = frozenset(["error", "x_groq", "base_resp"])
+
+
 def _find_error(payload: Any) -> Any:
     """Return the part of a payload that reports an error, None if it reports none."""
     if type(payload) is list and len(payload) == 1:
@@ -1292,8 +1311,10 @@ def _find_error(payload: Any) -> Any:
     if payload.get("object") == "error":
         return payload
     if not _ERROR_NAMES.isdisjoint(payload):
-        if _reports_error(payload.get("error")):
-            return payload["error"]
+        error = payload.get("error")
+        if _reports_error(error):
+            # Beside a text or a number stands the message, if there is one (Spring).
+            return error if isinstance(error, (dict, list)) else payload
         groq = payload.get("x_groq")
         if isinstance(groq, dict) and _reports_error(groq.get("error")):
             return groq["error"]
@@ -1302,7 +1323,7 @@ def _find_error(payload: Any) -> Any:
             return minimax
     choices = payload.get("choices")
     if not choices or type(choices) is not list:
-        return _find_flat_error(payload)
+        return _find_error_without_choices(payload)
     for choice in choices:
         has_error = type(choice) is dict and "error" in choice
         if has_error and _reports_error(choice["error"]):
@@ -1310,21 +1331,13 @@ def _find_error(payload: Any) -> Any:
     return None
 
 
-# Micro-optimization: one test for all of them, since healthy chunks have none.
-_ERROR_NAMES = frozenset(["error", "x_groq", "base_resp"])
-
-
 # Where an error keeps its text, the most telling name first.
-_TEXT_NAMES: tuple[str, ...]
-_TEXT_NAMES = ("message", "msg", "detail", "details", "error", "errors")
-_TEXT_NAMES += (
-    "status_msg",
-    "error_msg",
-    "error_description",
-    "text",
-    "reason",
-    "title",
+# fmt: off
+_TEXT_NAMES = (
+    "message", "msg", "detail", "details", "error_description", "error_msg", "error",
+    "errors", "status_msg", "text", "reason", "title",
 )
+# fmt: on
 
 
 _json_decoder: Any = json.JSONDecoder()
@@ -1340,7 +1353,7 @@ def _parse_json(text: str) -> tuple[Any, Exception | None]:
         if end == len(text):
             return value, None
     except (ValueError, RecursionError, StopIteration):
-        pass  # json.loads says where
+        pass  # json.loads finds the same, and says where
     try:
         return json.loads(text), None
     except (ValueError, RecursionError) as error:
@@ -1349,7 +1362,8 @@ def _parse_json(text: str) -> tuple[Any, Exception | None]:
 
 def _excerpt(text: str, length: int) -> str:
     """Return the beginning of a text, on one line."""
-    text = " ".join(text[: 4 * length].split())
+    # What stands between the words may be any amount of white space.
+    text = " ".join(text.lstrip()[: 4 * length].split())
     return text if len(text) <= length else text[: length - 2] + " …"
 
 
@@ -1374,7 +1388,7 @@ def _error_text(error: Any, depth: int = 4) -> str:
     if isinstance(error, list) and depth:
         return "; ".join(_error_text(item, depth - 1) for item in error[:10])
     if not isinstance(error, str):
-        return _excerpt(json.dumps(error), _ERROR_EXCERPT)
+        return _excerpt(json.dumps(error, ensure_ascii=False), _ERROR_EXCERPT)
     text = error.strip()
     if text[:1] in ("{", "[") and depth:
         payload, problem = _parse_json(text)  # JSON in a text
@@ -1386,7 +1400,7 @@ def _error_text(error: Any, depth: int = 4) -> str:
 
 
 def _error_details(error: Any) -> list[Json]:
-    """Return the nested objects of an error, innermost first: any may have its code."""
+    """Return the nested objects of an error, innermost first: each may have a code."""
     found: list[Json] = []
     while len(found) < 5:
         if isinstance(error, list) and error:
@@ -1413,17 +1427,17 @@ def _first_field(objects: list[Json], names: Sequence[str], types: Any) -> Any:
 def _server_error_fields(text: str) -> tuple[Any, ...]:
     """Return the fields of a server's error, in the order of APIError's arguments.
 
-    The text is known to be an error: in no known shape, all of it is the error.
+    The text is known to be an error. If its shape is unknown, all of it is used.
     """
     payload, problem = _parse_json(text)
     if problem:
         payload = text
     error = _find_error(payload)
-    if error is None or error is True:
+    if error is None:
         error = payload
     try:
         message = _repair_surrogates(_error_text(error))
-    except RecursionError:
+    except RecursionError:  # of json.dumps, over a deep value
         message = _excerpt(text, _ERROR_EXCERPT)
     details = _error_details(error) + _error_details(payload)
     return (
@@ -1437,8 +1451,8 @@ def _server_error_fields(text: str) -> tuple[Any, ...]:
 
 # ---- Accumulating --------------------------------------------------------------------
 
-# Texts that arrive in pieces, in a message and in its parts. Of any other field the
-# latest value stays.
+# Texts that arrive in pieces, in a message and in its parts. Any other text is replaced
+# by the latest one.
 _GROWING_NAMES = {"arguments", "content", "data", "input", "refusal", "summary", "text"}
 _GROWING_NAMES |= {"signature", "thinking", "thought_signature", "transcript"}
 _GROWING_NAMES |= {*_REASONING_NAMES}
@@ -1452,18 +1466,26 @@ def _to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # halves of a pair come one by one
 
 
-_COMPOUND = (str, dict, list, bytearray)
+# Micro-optimization: other items are not copied one by one. The `bytes` of log
+# probabilities are long lists of numbers.
+_NEED_COPYING = (str, dict, list, bytearray)
 
 
 def _clean_copy(value: Any, depth: int = 0) -> Any:
-    """Return a copy that can be encoded. Raises ValueError if it is nested too deep."""
+    """Return a copy that can be encoded; `depth` is that of the value in its payload.
+
+    Raises ValueError beyond MAX_DEPTH.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
     if isinstance(value, dict):
-        return {name: _clean_copy(item, depth + 1) for name, item in value.items()}
+        return {
+            _repair_surrogates(name): _clean_copy(item, depth + 1)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
         return [
-            _clean_copy(item, depth + 1) if isinstance(item, _COMPOUND) else item
+            _clean_copy(item, depth + 1) if isinstance(item, _NEED_COPYING) else item
             for item in value
         ]
     if isinstance(value, bytearray):
@@ -1496,10 +1518,10 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
             continue
         old = target.get(name)
         if isinstance(value, str) and name in _GROWING_NAMES:
-            if isinstance(old, _GrowingList):
-                old.add([{"type": "text", "text": value}], depth)
-            else:
+            if not isinstance(old, _GrowingList):
                 _add_text(target, name, value)
+            elif value:
+                old.add([{"type": "text", "text": value}], depth)
         elif isinstance(value, list):
             if not isinstance(old, _GrowingList):
                 target[name] = _GrowingList.after(old, depth)
@@ -1527,13 +1549,14 @@ class _GrowingList(list[Any]):
         """Return an empty list, or one with the text that was in its place before."""
         items = cls()
         if isinstance(old, bytearray) and old:
-            items.add([{"type": "text", "text": old.decode("utf-8", "replace")}], depth)
+            text = old.decode("utf-8", "surrogatepass")
+            items.add([{"type": "text", "text": text}], depth)
         return items
 
     def add(self, items: list[Any], depth: int) -> None:
         for item in items:
             if isinstance(item, (int, float)):
-                self.append(item)
+                self.append(item)  # Micro-optimization: numbers need no copy.
                 continue
             index = kind = None
             if isinstance(item, dict):
@@ -1561,7 +1584,7 @@ def _name_and_text(piece: ChoiceDeltaToolCall) -> tuple[str | None, str | None]:
 
 
 def _is_json_object(data: bytearray) -> bool:
-    # Micro-optimization: most texts that are not whole are seen by their ends.
+    # Micro-optimization: this refuses most incomplete texts without parsing them.
     if data.lstrip()[:1] != b"{" or data.rstrip()[-1:] != b"}":
         return False
     value, _ = _parse_json(data.decode("utf-8", "surrogatepass"))
@@ -1572,14 +1595,13 @@ class _ToolCallBuilder:
     """A tool call while its pieces arrive: of a function, or of a custom tool."""
 
     def __init__(self, key: int, order: int) -> None:
-        self.key = key  # its index, else its place in a list of pieces
+        self.key = key  # its index, else its place in a list of pieces, else its number
         self.order = order  # its index, else its number among the calls
         self.id = ""
         self.json: Json = {"id": "", "type": "function"}
         self.name = bytearray()
-        self.text = (
-            bytearray()
-        )  # the arguments of a function, the input of a custom tool
+        # The arguments of a function, or the input of a custom tool.
+        self.text = bytearray()
         self._kind = ""  # "function" or "custom"
         self._last_start = 0  # where the last piece of the text begins
         self._is_cumulative = True  # each piece begins with the one before it
@@ -1604,8 +1626,11 @@ class _ToolCallBuilder:
                 _merge(self.json, {"function": piece.function.extra})
         if piece.extra is not None:
             extra = dict(piece.extra)
-            if isinstance(extra.pop("custom", None), dict):
+            custom = extra.pop("custom", None)
+            if isinstance(custom, dict):
                 self._kind = "custom"
+                read = ("name", "input")
+                extra["custom"] = {k: v for k, v in custom.items() if k not in read}
             _merge(self.json, extra)
 
     def _add_text(self, data: bytes) -> None:
@@ -1618,7 +1643,8 @@ class _ToolCallBuilder:
     def is_continued_by(self, piece: ChoiceDeltaToolCall) -> bool:
         """Tell whether a piece continues the call, or opens the next one.
 
-        A new id with a name opens one, and arguments after complete ones.
+        Only a piece with a name can open a call, and only where this one has a name:
+        with another id, or without an id where these arguments are complete already.
         """
         name, text = _name_and_text(piece)
         if not name or not self.name:
@@ -1634,15 +1660,15 @@ class _ToolCallBuilder:
         self._checks_left -= 1
         return not _is_json_object(self.text)
 
-    def to_dict(self, is_ended: bool) -> Json:
-        """Return the call; where it `is_ended`, with its arguments mended."""
+    def to_dict(self, mend: bool) -> Json:
+        """Return the call; with `mend`, arguments that are not an object are mended."""
         call: Json = _clean_copy(self.json)
         if self._kind == "custom":
-            call["custom"] = _clean_copy({"input": self.text, "name": self.name})
+            kind, texts = "custom", {"input": self.text, "name": self.name}
         else:
-            arguments = self._mended_arguments() if is_ended else self.text
-            function = {"arguments": arguments, "name": self.name}
-            call["function"] = {**call.get("function", {}), **_clean_copy(function)}
+            arguments = self._mended_arguments() if mend else self.text
+            kind, texts = "function", {"arguments": arguments, "name": self.name}
+        call[kind] = {**call.get(kind, {}), **_clean_copy(texts)}
         return call
 
     def _mended_arguments(self) -> bytearray:
@@ -1680,9 +1706,10 @@ class _ToolCalls:
     | has neither, and is one of several in a list        | the latest at its place   |
     | has neither, and is alone                           | the latest call           |
     |-----------------------------------------------------|---------------------------|
-    | has a name, as that call has, and another id        | a new call                |
-    | has a name, as that call has, and no id, and that   | a new call                |
-    |   call has whole arguments that it does not extend  |                           |
+    | has a name and another id, and that call has a name | a new call                |
+    | has a name and no id, and that call has a name and  | a new call                |
+    |   complete arguments, which the piece does not      |                           |
+    |   repeat and extend                                 |                           |
     """
 
     def __init__(self) -> None:
@@ -1736,9 +1763,9 @@ class _ToolCalls:
         self._calls.append(call)
         return call
 
-    def to_list(self, is_ended: bool) -> list[Json]:
+    def to_list(self, mend: bool) -> list[Json]:
         calls = sorted(self._calls, key=lambda call: call.order)
-        return [call.to_dict(is_ended) for call in calls]
+        return [call.to_dict(mend) for call in calls]
 
 
 class _ChoiceBuilder:
@@ -1747,7 +1774,7 @@ class _ChoiceBuilder:
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.last_reason = ""  # also one that does not end the choice
-        self._more: Json = {}  # log probabilities, and what has no field
+        self._other_fields: Json = {}  # logprobs, and what Choice has no field for
         # Some servers send messages in place of deltas: each is then a delta.
         self._has_message_deltas = False
         self._message: Json = {"role": None, "content": None}
@@ -1761,10 +1788,10 @@ class _ChoiceBuilder:
         else:
             self._add_delta(choice.delta)
         if choice.extra is not None:
-            _merge(self._more, choice.extra)
+            _merge(self._other_fields, choice.extra)
         if choice.logprobs is not None:
             logprobs = choice.logprobs.raw or choice.logprobs.to_dict()
-            _merge(self._more, {"logprobs": logprobs})
+            _merge(self._other_fields, {"logprobs": logprobs})
         if choice.finish_reason:
             self._finish(choice.finish_reason)
 
@@ -1776,18 +1803,18 @@ class _ChoiceBuilder:
     def _add_message(self, choice: ChatCompletionChunk.Choice, message: Any) -> None:
         """Add a message that stands where a delta was due.
 
-        The whole message after its deltas replaces what it has of them, and the delta
-        of the chunk becomes the part that is new.
+        A whole message that follows its deltas replaces the fields that it repeats; the
+        delta of the chunk then becomes the part of the text that is new.
         """
         if self._is_whole(message):
-            so_far = bytes(self._message["content"] or b"")
+            length = len(self._text_so_far())
             for name, value in message.items():
                 if value and name != "role":
                     self._message[name] = None
             if message.get("tool_calls"):
                 self._tool_calls = None
             self._add_delta(ChoiceDelta.from_dict(message))
-            rest = _to_bytes(message.get("content") or "")[len(so_far) :]
+            rest = _to_bytes(_text(message.get("content")))[length:]
             choice.delta = ChoiceDelta(rest.decode("utf-8", "surrogatepass") or None)
         else:
             self._has_message_deltas = True
@@ -1797,18 +1824,24 @@ class _ChoiceBuilder:
         """Tell whether a message is the whole of what its deltas have brought."""
         if not isinstance(message, dict) or self._has_message_deltas:
             return False
-        content = message.get("content") or ""
-        so_far = bytes(self._message["content"] or b"")
-        is_text = isinstance(content, str)
-        return self._has_begun and is_text and _to_bytes(content).startswith(so_far)
+        text = _to_bytes(_text(message.get("content")))
+        return self._has_begun and text.startswith(self._text_so_far())
+
+    def _text_so_far(self) -> bytes:
+        """Return the text of the deltas, also where they sent it in parts."""
+        content = self._message["content"]
+        if isinstance(content, bytearray):
+            return bytes(content)
+        return _to_bytes(_text(_clean_copy(content)))
 
     def _add_delta(self, delta: ChoiceDelta) -> None:
         message, raw = self._message, delta.raw
         content = delta.content
         if content is not None:
-            self._continue(content)
+            self._note_output(content)
             text = message["content"]
-            if raw is None and type(text) is bytearray:  # most deltas
+            if raw is None and type(text) is bytearray:
+                # Micro-optimization: most deltas come here.
                 text += content.encode("utf-8", "surrogatepass")
             elif raw is not None and type(raw.get("content")) is list:
                 _merge(message, {"content": raw["content"]})
@@ -1817,30 +1850,33 @@ class _ChoiceBuilder:
         if delta.role and not message["role"]:
             message["role"] = _clean_copy(delta.role, 1)
         if delta.tool_calls:
-            self._continue(any(any(_name_and_text(p)) for p in delta.tool_calls))
+            self._note_output(any(any(_name_and_text(p)) for p in delta.tool_calls))
             if self._tool_calls is None:
                 self._tool_calls = _ToolCalls()
             self._tool_calls.add(delta.tool_calls)
         if delta.reasoning_content is not None:
-            self._continue(delta.reasoning_content)
+            self._note_output(delta.reasoning_content)
             self._add_reasoning(delta.reasoning_content, raw)
         if delta.refusal is not None:
-            self._continue(delta.refusal)
+            self._note_output(delta.refusal)
             _merge(message, {"refusal": delta.refusal})
         if delta.function_call is not None:
-            self._continue(delta.function_call)
+            self._note_output(delta.function_call)
             _merge(message, {"function_call": delta.function_call})
         if delta.extra is not None:
             _merge(message, delta.extra)
 
-    def _continue(self, is_more: object) -> None:
-        """Open the choice again: output after a finish_reason can be cut off, too."""
-        if is_more:
+    def _note_output(self, output: object) -> None:
+        """Open the choice again if there is output: that can be cut off, too."""
+        if output:
             self._has_begun = True
             self.finish_reason = None
 
     def _add_reasoning(self, text: str, raw: Json | None) -> None:
-        """Add a text under the names that the server sent it with."""
+        """Add a text under the names that the server sent it with.
+
+        Reasoning in parts of the content, or in details, is added with those.
+        """
         if raw is None:
             _add_text(self._message, "reasoning_content", text)
             return
@@ -1861,23 +1897,29 @@ class _ChoiceBuilder:
         message["role"] = message["role"] or "assistant"
         is_ended = self.finish_reason is not None
         if self._tool_calls is not None:
-            is_mended = is_ended and not _reason_limit(self.finish_reason)
-            message["tool_calls"] = self._tool_calls.to_list(is_mended)
+            # At a limit the arguments are incomplete: mending could only garble them.
+            mend = is_ended and not _reason_limit(self.finish_reason)
+            message["tool_calls"] = self._tool_calls.to_list(mend)
         ending = {"finish_reason": self.finish_reason, "message": message}
-        return {"logprobs": None, **_clean_copy(self._more), **ending}
+        return {"logprobs": None, **_clean_copy(self._other_fields), **ending}
 
 
 class ChatAccumulator:
     """Adds up chunks; `completion` is the answer so far. Memory grows with its text."""
 
     def __init__(self) -> None:
+        # The latest finish_reason that is a failure, whatever follows it.
         self._failure = ""
         self._identity: Json = {}  # id, model and created, where they first came
         self._latest: Json = {}  # of all else beside the choices, the latest value
         self._choices: dict[int, _ChoiceBuilder] = {}
 
     def add(self, chunk: ChatCompletionChunk) -> None:
-        """Add the next chunk. Raises ValueError beyond MAX_CHOICES and MAX_DEPTH."""
+        """Add the next chunk. Raises ValueError beyond MAX_CHOICES and MAX_DEPTH.
+
+        Where the whole message follows its deltas in place of a delta, the delta of the
+        chunk is set to the part of the text that is new.
+        """
         if len(self._identity) < 3:  # Azure's first chunk has none of them
             identity = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
             identity = {k: _clean_copy(v, 1) for k, v in identity.items() if v}
@@ -1923,8 +1965,8 @@ class ChatAccumulator:
     def is_complete(self, n_choices: int, is_done: bool) -> bool:
         """Tell whether the answer to a request for `n_choices` is whole.
 
-        No choice failed, and either every one has ended, or the server said that the
-        answer `is_done` after at least one.
+        No choice failed, and either every one has ended, or `is_done` (the server sent
+        [DONE]) and at least one has begun.
         """
         if self.failure:
             return False
@@ -1978,11 +2020,13 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
     held = rest = ""
     for text in itertools.chain([start.removeprefix("<think>")], texts):
         thought, end_tag, rest = (held + text).partition("</think>")
-        held = "".join(thought.rpartition("<")[1:])
-        if end_tag or not "</think>".startswith(held):
-            held = ""
-        if thought != held:
-            yield True, thought.removesuffix(held)
+        held = ""
+        start_of_tag = thought.rfind("<")
+        may_be_tag = start_of_tag >= 0 and not end_tag
+        if may_be_tag and "</think>".startswith(thought[start_of_tag:]):
+            thought, held = thought[:start_of_tag], thought[start_of_tag:]
+        if thought:
+            yield True, thought
         if end_tag:
             break
     if held:
@@ -1990,7 +2034,7 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
 
     # 3. The answer, without the line ends between it and the tag.
     for text in itertools.chain([rest], texts):
-        if text := text.lstrip("\n"):
+        if text := text.lstrip("\r\n"):
             yield False, text
             break
     yield from ((False, text) for text in texts if text)
@@ -2005,12 +2049,15 @@ DEFAULT_TIMEOUT = 600.0  # seconds between two reads: a big model loads for minu
 CONNECT_TIMEOUT = 5.0  # seconds
 ENDING_TIMEOUT = 5.0  # seconds after the last finish_reason without an event
 MODELS_TIMEOUT = 30.0  # seconds for the whole list of models
-MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is not waited for
-_MAX_SECONDS = 1e6  # sockets and threads take some thousand times that, and no more
+MAX_RETRY_AFTER = 60.0  # seconds; chats give up on more, `listen` waits only so long
+_MAX_SECONDS = 1e6  # any longer limit is cut to that: sockets and locks refuse 1e10
 
 
 class _CallOptions(TypedDict, total=False):
-    """The options that say where and how to ask. `stream_chat` describes them."""
+    """The model, and the options that are no fields of the request.
+
+    `stream_chat` describes them.
+    """
 
     model: str | None
     base_url: str | None
@@ -2036,8 +2083,8 @@ class ChatOptions(_CallOptions, total=False):
     temperature: float | None
     top_p: float | None
     seed: int | None
-    max_tokens: int | None  # of the answer; the older name of the next, and Ollama's
-    max_completion_tokens: int | None  # of the answer and its reasoning
+    max_tokens: int | None  # of the answer; the older name, which Ollama knows
+    max_completion_tokens: int | None  # of the answer and its reasoning; OpenAI's name
     stop: str | Sequence[str] | None  # texts that end the answer
     n: int | None  # how many answers; Ollama and others send one all the same
     frequency_penalty: float | None
@@ -2077,57 +2124,6 @@ _OPENAI_KEYWORDS = {
 }
 
 
-class _Unpacker:
-    """Unpacks gzip or deflate, several members too, in pieces of bounded size.
-
-    httpx's own decoders have no bound: 300 KB of gzip become 331 MB in one piece, and
-    304 bytes of brotli 385 MB. So requests ask for identity, other encodings are
-    refused, and these two are unpacked here.
-    """
-
-    _PIECE = 64 * 1024  # bytes
-
-    def __init__(self, encoding: str) -> None:
-        self._is_deflate = encoding == "deflate"
-        self._start = b""  # of the body, until its first two bytes are there
-        self._member: Any = None
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what `data` unpacks to. Raises zlib.error."""
-        if self._member is None:
-            data = self._start = self._start + data
-            if len(data) < 2:
-                return
-            self._start = data[:2]
-            self._member = zlib.decompressobj(self._window_bits())
-        while data:
-            if self._member.eof:
-                self._member = zlib.decompressobj(self._window_bits())
-            piece = self._member.decompress(data, self._PIECE)
-            yield piece
-            while len(piece) == self._PIECE and not self._member.eof:
-                rest = self._member.unconsumed_tail
-                piece = self._member.decompress(rest, self._PIECE)
-                yield piece
-            data = self._member.unused_data.lstrip(b"\0")  # padding, as gzip skips it
-
-    def _window_bits(self) -> int:
-        """Return how zlib is to read a member; some servers send deflate bare."""
-        header = int.from_bytes(self._start[:2], "big")
-        is_zlib = header >> 8 & 15 == 8 and header % 31 == 0
-        if self._is_deflate and not is_zlib:
-            return -zlib.MAX_WBITS
-        return zlib.MAX_WBITS | 32  # zlib or gzip
-
-
-def _content_encoding(response: Response) -> str:
-    """Return how a body is packed, "" for not, or where httpx has unpacked it."""
-    if response.is_stream_consumed:  # it has been read: by a mock, or an event hook
-        return ""
-    encoding: str = response.headers.get("content-encoding", "").strip().lower()
-    return {"identity": "", "x-gzip": "gzip"}.get(encoding, encoding)
-
-
 def _causes(error: BaseException | None) -> list[BaseException]:
     """Return an exception and those behind it, also in groups."""
     found: list[BaseException] = []
@@ -2144,7 +2140,7 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 class _Secrets:
     """The secrets that a request carries, to be taken out of what the server says.
 
-    A text of less than 8 characters is not one: replacing it would garble the message.
+    Texts of less than 8 characters are not replaced, since they may be common words.
     """
 
     _NAME = re.compile(
@@ -2155,7 +2151,7 @@ class _Secrets:
         user, _, password = login.partition(":")
         self._texts: set[str] = set()
         self._patterns: list[re.Pattern[str]] | None = None
-        self._add(password or user)
+        self._add(password or user)  # a key may be the user: https://sk-…@host
 
     def _add(self, text: str) -> None:
         if len(text) >= 8 and text not in self._texts:
@@ -2174,15 +2170,17 @@ class _Secrets:
                 for part in parts or [value]:
                     self._add(part)
         for parameter in urlsplit(url).query.split("&"):
+            # The server may quote it decoded, or as it stands in the URL.
             for name, value in parse_qsl(parameter):
                 if self.is_secret_name(name):
                     self._add(value)
                     self._add(parameter.partition("=")[2])
 
-    @classmethod
-    def is_secret_name(cls, name: str) -> bool:
+    @staticmethod
+    @functools.lru_cache  # nearly all requests have the same few names
+    def is_secret_name(name: str) -> bool:
         """Tell whether a header or a query parameter of this name holds a secret."""
-        return cls._NAME.search(name) is not None
+        return _Secrets._NAME.search(name) is not None
 
     def redact(self, text: str) -> str:
         """Return the text without the secrets, also where JSON escapes them."""
@@ -2197,7 +2195,7 @@ class _Secrets:
         return text
 
     def is_in(self, cause: BaseException | None) -> bool:
-        """Tell whether an exception, or one behind it, has a secret in its words."""
+        """Tell whether the text of an exception, or of a cause, contains a secret."""
         texts = [str(each) for each in _causes(cause)]
         return any(self.redact(text) != text for text in texts)
 
@@ -2205,8 +2203,8 @@ class _Secrets:
 def _escaped_pattern(secret: str) -> re.Pattern[str]:
     """Return a pattern of a secret in JSON, each of whose characters may be escaped.
 
-    Its first character has a pattern of its own, which starts with a backslash or that
-    character: the search skips all others, and stays linear.
+    It begins with a backslash or the first character itself: the search skips all other
+    places, and stays linear.
     """
     ways = [rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u{_code(c)})" for c in secret[1:]]
     first = secret[0]
@@ -2224,7 +2222,7 @@ class _Retries:
     """Decides whether a request that failed is sent again, and when."""
 
     def __init__(self, max_retries: int) -> None:
-        self.attempts = 0  # that were made
+        self.attempts = 0  # made so far
         self._max_retries = max_retries
         self._retries = 0
         self._started = 0.0
@@ -2246,11 +2244,11 @@ class _Retries:
     def wait_after(
         self, error: APIError, time_left: float | None, connection_was_kept: bool
     ) -> float | None:
-        """Return the seconds to wait for the next attempt, None if there is none.
+        """Return the seconds to wait before the next attempt, None to give up.
 
-        There is none after a timeout once connected: the server may be at work.
-        The first failure of a connection that was kept costs no wait and no retry:
-        servers close idle connections whenever they like. `time_left` limits the wait.
+        It gives up rather than wait longer than `time_left` or MAX_RETRY_AFTER. The
+        first time that a kept connection breaks costs no wait and no retry: servers
+        close idle connections whenever they like.
         """
         from random import uniform  # importing it takes 2 ms
 
@@ -2260,7 +2258,7 @@ class _Retries:
             return 0.0
         if not error.is_retryable or self._retries >= self._max_retries:
             return None
-        wait = min(8.0, 0.5 * 2.0**self._retries) * uniform(0.75, 1.0)
+        wait = 0.5 * 2.0 ** min(self._retries, 4) * uniform(0.75, 1.0)  # at most 8 s
         if error.retry_after is not None:
             wait = error.retry_after
         limit = MAX_RETRY_AFTER
@@ -2281,12 +2279,11 @@ class _Retries:
             self._retries,
             self._max_retries,
             error,
-            extra={"wait": wait},
         )
 
 
 def _parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds that `Retry-After` asks for, as a number or as a date."""
+    """Return the seconds of a `Retry-After` header, which is a number or a date."""
     text = headers.get("retry-after", "")
     with suppress(ValueError):
         seconds = float(text)
@@ -2299,7 +2296,7 @@ def _parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def _is_local(url: str) -> bool:
-    """Tell whether the host of a URL is in a private network."""
+    """Tell whether a URL's host is a private address, or a name without a dot."""
     from ipaddress import ip_address
     from urllib.parse import urlsplit
 
@@ -2311,10 +2308,10 @@ def _is_local(url: str) -> bool:
 
 
 def _split_url(name: str, url: str) -> SplitResult:
-    """Return the parts of a URL. Raises ValueError if it is not one of a server."""
+    """Return the parts of an http or https URL with a host. Raises ValueError."""
     from urllib.parse import urlsplit
 
-    with suppress(ValueError):  # whose words may hold a piece of a password
+    with suppress(ValueError):  # whose message may quote a piece of a password
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
@@ -2349,16 +2346,22 @@ def _public_url(url: str) -> str:
     return re.sub(r"//[^/?#\s]*@", "//", url.partition("?")[0])
 
 
+# The characters of a token, RFC 9110, section 5.6.2.
+_HEADER_NAME = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+
+
 def _check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Return headers with names in lower case. Raises TypeError, ValueError."""
     checked: dict[str, str] = {}
     for name, value in headers.items():
-        if not isinstance(value, str):
-            raise TypeError(f"header {name!r}: expected a str")
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"header {name!r}: expected a str for name and value")
         checked[name.strip().lower()] = value.strip()
     for name, value in checked.items():
         shown = "the API key" if name == "authorization" else f"header {name!r}"
-        if not re.fullmatch("[!-9;-~]+", name) or not re.fullmatch("[ -~\t]*", value):
+        if not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{shown}: expected letters, digits, - and _ in its name")
+        if not re.fullmatch("[ -~\t]*", value):
             raise ValueError(f"{shown}: expected ASCII without control characters")
     return checked
 
@@ -2366,11 +2369,11 @@ def _check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 def _request_headers(api_key: str, login: str) -> dict[str, str]:
     headers = {
         "accept": "text/event-stream",
-        "accept-encoding": "identity",  # what is unpacked as it comes saves no time
+        "accept-encoding": "identity",  # see _Unpacker; small events pack badly anyway
         "content-type": "application/json",
         "user-agent": f"sse_chat/{__version__}",
     }
-    if login:
+    if login:  # it stands in the URL itself, so it is meant for this server
         headers["authorization"] = f"Basic {b64encode(login.encode()).decode()}"
     elif api_key:
         headers["authorization"] = f"Bearer {api_key}"
@@ -2381,7 +2384,7 @@ def _check_seconds(name: str, value: Any) -> float | None:
     """Return a time limit. Raises TypeError, ValueError."""
     if value is None:
         return None
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number of seconds, or None for no limit")
     if not value > 0:
         raise ValueError(f"{name}: expected more than 0 seconds, or None for no limit")
@@ -2422,7 +2425,10 @@ def _message_to_json(value: Any) -> Any:
 
 @dataclass
 class _Expected:
-    """The facts about a request that a reader needs; the defaults are for none."""
+    """The limits and secrets of a request, for the reader of its answer.
+
+    The defaults are those of a body that was not requested here (`iter_chunks`).
+    """
 
     max_bytes: int = sys.maxsize
     n_choices: int = 1
@@ -2431,21 +2437,26 @@ class _Expected:
     ending_timeout: float | None = None
     url: str = ""
     redact: Callable[[str], str] = str
-    hides: Callable[[BaseException | None], bool] = lambda cause: False
+    holds_secret: Callable[[BaseException | None], bool] = lambda cause: False
+
+
+def _without_login(proxy: str) -> str:
+    """Return a proxy's URL without its login, which may hold any character."""
+    return re.sub(r"(?s)\A(\w+://)?.*@", r"\1", proxy)
 
 
 def _proxy_advice(url: str) -> str:
-    """Name the proxy that the environment sets for a URL, "" if there is none."""
+    """Name the variable that sets a proxy for a URL, "" if there is none."""
     from urllib.parse import urlsplit
-    from urllib.request import getproxies_environment, proxy_bypass
+    from urllib.request import proxy_bypass
 
     parts = urlsplit(url)
-    proxies = getproxies_environment()
     if proxy_bypass(parts.netloc):
         return ""
-    for name in (parts.scheme, "all"):
-        if name in proxies:
-            return f"{name.upper()}_PROXY is {_public_url(proxies[name])}"
+    for name in (f"{parts.scheme}_proxy", "all_proxy"):
+        for variable in (name, name.upper()):
+            if os.environ.get(variable):
+                return f"{variable} is {_without_login(os.environ[variable])}"
     return ""
 
 
@@ -2456,8 +2467,8 @@ def _connect_advice(url: str, causes: list[BaseException]) -> str:
     if advice:
         return advice
     host = urlsplit(url).hostname or ""
-    is_local = host in ("localhost", "::1") or host.startswith("127.")
-    if is_local and any(isinstance(each, ConnectionRefusedError) for each in causes):
+    is_loopback = host in ("localhost", "::1") or host.startswith("127.")
+    if is_loopback and any(isinstance(each, ConnectionRefusedError) for each in causes):
         return "start a server there (`ollama serve`), or set base_url"
     return "check base_url"
 
@@ -2467,7 +2478,7 @@ _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
 def _exception_text(cause: BaseException) -> str:
-    """Return the words of an exception, or of its cause: trio's are empty."""
+    """Return the text of an exception, or of its cause where it is empty (trio)."""
     texts = [str(each) for each in _causes(cause)]
     return next(filter(None, texts), type(cause).__name__)
 
@@ -2483,10 +2494,13 @@ def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionEr
 
     # A server that was silent may be at work on the answer, so it is not asked again.
     if _is_timeout(cause):
-        phases = {"ReadTimeout": "waiting for the answer", "WriteTimeout": "sending"}
-        phase = phases.get(kind, "connecting")
-        timeout = APITimeoutError(f"timed out {phase}")
-        timeout.is_retryable = phase == "connecting"
+        phases = {
+            "ReadTimeout": "waiting for the answer",
+            "WriteTimeout": "sending",
+            "PoolTimeout": "waiting for a free connection of the client",
+        }
+        timeout = APITimeoutError(f"timed out {phases.get(kind, 'connecting')}")
+        timeout.is_retryable = kind not in ("ReadTimeout", "WriteTimeout")
         return timeout
 
     if any("SSL" in type(each).__name__ for each in causes):
@@ -2513,8 +2527,7 @@ def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionEr
 
 
 def _environment_error(cause: Exception, words: str) -> APIConnectionError:
-    """Return the error of an environment with which httpx makes no client."""
-    words = re.sub(r"//[^/?#\s]*@", "//", words)
+    """Return the error of a client that httpx could not make, and its variables."""
     if isinstance(cause, OSError):  # certificates that cannot be read
         names = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
         error = APIConnectionError(f"cannot read the certificates: {words}")
@@ -2529,7 +2542,7 @@ def _environment_error(cause: Exception, words: str) -> APIConnectionError:
     found = []
     for name in [*names, *map(str.lower, names)]:
         if os.environ.get(name):
-            found.append(f"{name} is {_public_url(os.environ[name])}")
+            found.append(f"{name} is {_without_login(os.environ[name])}")
     error.advice = ", ".join(found)
     return error
 
@@ -2543,11 +2556,11 @@ def _load_httpx() -> Any:
 
 
 @functools.cache
-def _tls_context(is_https: bool) -> Any:
-    """Return the context of our clients, once: loading the certificates takes 25 ms."""
+def _tls_context(may_need_tls: bool) -> Any:
+    """Return the TLS context of our clients, cached: loading it takes 25 ms."""
     import ssl
 
-    if is_https:
+    if may_need_tls:
         return _load_httpx().create_ssl_context()
     # An empty one will do, since a chat follows no redirects.
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2586,7 +2599,7 @@ class _ClientSource:
         self._clients: dict[Any, Any] = {}
 
     def open(self, request: _Request, loop: Any = None) -> Any:
-        """Return a context manager that gives the client, and closes one of ours."""
+        """Return a context manager for the client; one made for this call is closed."""
         if self._given is not None:
             return nullcontext(self._given)
         if not self._is_kept:
@@ -2597,10 +2610,10 @@ class _ClientSource:
             if client is None:
                 client = self._new(request)
                 self.keeps_connections = False
-            self._clients.setdefault(home, client)  # another thread may be as far
+            self._clients.setdefault(home, client)  # unless another thread has just
         return nullcontext(self._clients[home])
 
-    def prepare(self, request: _Request) -> None:
+    def make_kept(self, request: _Request) -> None:
         """Make the client that is kept. Raises APIError if the environment is wrong."""
         if self._given is None:
             self._clients[None] = self._new(request)
@@ -2611,6 +2624,7 @@ class _ClientSource:
             return _new_client(self._kind, request.url.startswith("https:"))
         except Exception as error:
             problem = error
+        # Raised here, so that an exception that may hold a password is not its context.
         raise request.environment_error(problem)
 
     def clients_here(self, loop: Any = None) -> list[Any]:
@@ -2626,7 +2640,7 @@ def _find_base_url(options: Json) -> str:
 
 
 def _find_api_key(options: Json, source: _ClientSource) -> str:
-    """Return the key; the environment's is not for a client with a key of its own."""
+    """Return the key; OPENAI_API_KEY is not used if the caller's client has a key."""
     api_key = options.get("api_key")
     if api_key is None and "authorization" not in source.headers:
         api_key = os.environ.get("OPENAI_API_KEY")
@@ -2634,7 +2648,7 @@ def _find_api_key(options: Json, source: _ClientSource) -> str:
 
 
 def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Response:
-    """Return a copy, since the response itself holds the request, and so the key."""
+    """Return a copy without the request, which holds the key."""
     framing = (b"content-encoding", b"content-length", b"transfer-encoding")
     headers = [
         (name, secrets.redact(value.decode("latin-1")).encode("latin-1"))
@@ -2658,6 +2672,7 @@ class _Request:
         headers = _request_headers(_find_api_key(options, source), login)
         self.headers = _check_headers({**headers, **(options.get("headers") or {})})
         self.timeout = _check_timeout(options.get("timeout", DEFAULT_TIMEOUT))
+        read_timeout = self.timeout[1]
         self.content: bytes | None = None
         self.source = source
         self.retries = _Retries(max_retries)
@@ -2668,11 +2683,11 @@ class _Request:
         self.expected = _Expected(
             max_bytes=_byte_limit(max_bytes),
             first_token_timeout=_check_seconds("first_token_timeout", limit),
-            read_timeout=self.timeout[1],
-            ending_timeout=min(ENDING_TIMEOUT, self.timeout[1] or ENDING_TIMEOUT),
+            read_timeout=read_timeout,
+            ending_timeout=min(ENDING_TIMEOUT, read_timeout or ENDING_TIMEOUT),
             url=_public_url(self.url),
             redact=self.secrets.redact,
-            hides=self.secrets.is_in,
+            holds_secret=self.secrets.is_in,
         )
 
     def build(self, client: Any, time_left: float | None) -> Request:
@@ -2687,7 +2702,7 @@ class _Request:
             content=self.content,
             timeout=timeout,
         )
-        # It also has the headers of the caller's own client.
+        # A caller's client adds its own headers to the request.
         self.secrets.add(request.headers, str(request.url))
         self.has_secret = any(map(_Secrets.is_secret_name, request.headers))
         return request
@@ -2697,20 +2712,28 @@ class _Request:
         return self.retries.wait_after(error, time_left, self.source.keeps_connections)
 
     def error(self, cause: Exception) -> APIError:
-        """Return the error of an attempt for which something was raised."""
+        """Return the error of an attempt that raised `cause`."""
         response = getattr(cause, "response", None)
         if response is not None:  # an event hook called raise_for_status()
-            body = response.content if response.is_stream_consumed else b""
+            body = b""
+            with suppress(RuntimeError):  # httpx.ResponseNotRead
+                body = response.content
             return self.status_error(response, body)
         words = self.secrets.redact(_exception_text(cause))
-        return self._prepare(_connection_error(cause, words, self.url), cause)
+        return self._with_place(_connection_error(cause, words, self.url), cause)
 
     def environment_error(self, cause: Exception) -> APIError:
         """Return the error of a client that could not be made."""
-        words = self.secrets.redact(_exception_text(cause))
-        return self._prepare(_environment_error(cause, words), cause)
+        from urllib.request import getproxies_environment
 
-    def _prepare(self, error: APIError, cause: Exception) -> APIError:
+        if any("@" in proxy for proxy in getproxies_environment().values()):
+            # httpx quotes a piece of the URL, which may be a piece of the password.
+            error = _environment_error(cause, type(cause).__name__)
+            return self._with_place(error, None)
+        words = self.secrets.redact(_exception_text(cause))
+        return self._with_place(_environment_error(cause, words), cause)
+
+    def _with_place(self, error: APIError, cause: Exception | None) -> APIError:
         error.place = _public_url(self.url)
         if self.retries.attempts:
             error.place += f", {self.retries.elapsed()}"
@@ -2726,6 +2749,7 @@ class _Request:
         error = APIStatusError(*_server_error_fields(text))
         error.status_code = status
         error.retry_after = _parse_retry_after(response.headers, time.time())
+        # 409: OpenAI reports a lock so, and its SDK asks again, too.
         error.is_retryable = status in (408, 409, 429) or status >= 500
         error.place = _public_url(self.url)
         error.advice = self._status_advice(response)
@@ -2736,7 +2760,7 @@ class _Request:
         status = response.status_code
         if response.has_redirect_location:
             target = self.secrets.redact(_public_url(response.headers["location"]))
-            return f"not following to {target} with the key: set base_url to it"
+            return f"redirects are not followed with the key: set base_url to {target}"
         if status in (401, 403) and not self.has_secret:
             return "no key was sent: give api_key, or set OPENAI_API_KEY"
         if status == 404 and "/v1" not in _public_url(self.url):
@@ -2748,8 +2772,9 @@ def _chat_request(
     messages: Messages, options: Json, source: _ClientSource, is_stream: bool
 ) -> _Request:
     """Return the request of a chat. Raises TypeError and ValueError."""
-    for name in options.keys() & _OPENAI_KEYWORDS.keys():
-        raise TypeError(f"unexpected keyword {name}: {_OPENAI_KEYWORDS[name]}")
+    for name, advice in _OPENAI_KEYWORDS.items():
+        if name in options:
+            raise TypeError(f"unexpected keyword {name}: {advice}")
     request = _Request("POST", "/chat/completions", options, source)
     if not is_stream:
         request.headers["accept"] = "application/json"
@@ -2775,6 +2800,7 @@ def _models_request(options: Json, source: _ClientSource) -> _Request:
     request = _Request("GET", "/models", options, source)
     request.headers["accept"] = "application/json"
     limit = request.expected.first_token_timeout
+    # A list has no tokens: this limit is on the whole of it.
     request.expected.first_token_timeout = limit or MODELS_TIMEOUT
     return request
 
@@ -2783,7 +2809,7 @@ def _models_request(options: Json, source: _ClientSource) -> _Request:
 
 
 class _Deadline:
-    """A time limit on a stream; `with` it around each wait.
+    """A time limit on a stream, which counts only the time inside `with deadline:`.
 
     The time that the caller takes between two waits does not count, so data that has
     arrived meanwhile is never late.
@@ -2800,12 +2826,12 @@ class _Deadline:
         if self._seconds is None:
             return None
         waited = time.monotonic() - self._started if self._started else 0.0
-        return max(0.001, self._seconds - waited)
+        return max(
+            0.001, self._seconds - waited
+        )  # to a socket, 0 is not to wait at all
 
     @property
     def has_passed(self) -> bool:
-        if self.is_unlimited:
-            return False
         left = self.left
         return left is not None and left < 0.01  # timers may fire a little early
 
@@ -2816,9 +2842,9 @@ class _Deadline:
         self._seconds, self._started = self.left, 0.0
 
     def count(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield the items, and count the time that it takes to read them as well.
+        """Yield the items, and count the time that making them takes as well.
 
-        Under a flood of comments nearly all the time goes into reading them.
+        Under a flood of comments nearly all the time goes into decoding them.
         """
         remaining = iter(items)
         while True:
@@ -2857,8 +2883,8 @@ class _Control:
         self._closed.wait(seconds)
 
     @contextmanager
-    def limit(self, seconds: float | None) -> Iterator[None]:
-        """Limit a wait of async code, which `interrupt` can end as well."""
+    def interruptible(self, seconds: float | None = None) -> Iterator[None]:
+        """Let `interrupt` end a wait of async code, and end it after `seconds`."""
         import anyio
 
         with anyio.move_on_after(seconds) as self._scope:
@@ -2890,7 +2916,7 @@ class _Body:
     def __init__(self, content_type: str = "") -> None:
         self.content_type = content_type
         self.kind = ""  # "stream", "json" or "other"; "" until it is known
-        self.start = b""  # its first 8 bytes that are not blank
+        self.start = b""  # 8 bytes from the first that is not blank: a field name fits
         self.held = bytearray()  # the whole body, unless it is a stream
 
     def feed(self, data: bytes) -> bytes:
@@ -2924,6 +2950,61 @@ class _Body:
         return self.held.decode("utf-8-sig", "replace")
 
 
+class _Unpacker:
+    """Unpacks gzip or deflate, several members too, in pieces of bounded size.
+
+    httpx's own decoders have no bound: 300 KB of gzip become 331 MB in one piece, and
+    304 bytes of brotli 385 MB. So requests ask for identity, other encodings are
+    refused, and these two are unpacked here.
+    """
+
+    _PIECE = 64 * 1024  # bytes
+
+    def __init__(self, encoding: str) -> None:
+        self._is_deflate = encoding == "deflate"
+        self._start = b""  # of the body, until its first two bytes are there
+        self._member: Any = None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield what `data` unpacks to. Raises zlib.error."""
+        if self._member is None:
+            data = self._start = self._start + data
+            if len(data) < 2:
+                return
+            self._start = data[:2]
+            self._member = zlib.decompressobj(self._window_bits())
+        while data:
+            if self._member.eof:
+                data = data.lstrip(b"\0")  # padding, which gzip skips, too
+                if not data:
+                    return
+                self._member = zlib.decompressobj(self._window_bits())
+            piece = self._member.decompress(data, self._PIECE)
+            yield piece
+            while len(piece) == self._PIECE and not self._member.eof:
+                rest = self._member.unconsumed_tail
+                piece = self._member.decompress(rest, self._PIECE)
+                yield piece
+            data = self._member.unused_data
+
+    def _window_bits(self) -> int:
+        """Return zlib's number of the format; some servers send deflate without it."""
+        # RFC 1950: method 8, and a check that makes the header a multiple of 31.
+        header = int.from_bytes(self._start[:2], "big")
+        is_zlib = header >> 8 & 15 == 8 and header % 31 == 0
+        if self._is_deflate and not is_zlib:
+            return -zlib.MAX_WBITS
+        return zlib.MAX_WBITS | 32  # zlib or gzip
+
+
+def _content_encoding(response: Response) -> str:
+    """Return the encoding that a body has yet, "" for none."""
+    if response.is_stream_consumed:  # it has been read: by a mock, or an event hook
+        return ""
+    encoding: str = response.headers.get("content-encoding", "").strip().lower()
+    return {"identity": "", "x-gzip": "gzip"}.get(encoding, encoding)
+
+
 class _Reader:
     """The base of the readers: takes the bytes of a body, and makes its errors."""
 
@@ -2932,8 +3013,8 @@ class _Reader:
         self.deadline = _Deadline(expected.first_token_timeout)
         self.cause: BaseException | None = None  # what broke the connection
         self.error: APIError | None = None  # what was raised
-        self.is_done = False  # the server said so: [DONE]
-        self.is_finished = False  # it is done, or the body has ended: nothing matters
+        self.is_done = False  # the server sent [DONE]
+        self.is_finished = False  # [DONE], or the end of the body: read no further
         self._expected = expected
         self._body = _Body()
         self._unpacker: _Unpacker | None = None
@@ -3000,7 +3081,7 @@ class _Reader:
         return error
 
     def attempt_error(self, error: APIError) -> APIError:
-        """Return why no answer began: `error`, unless the attempt was ended here."""
+        """Return `error`, or the verdict if the caller or a time limit ended it."""
         if self.control.is_closed or self.deadline.has_passed:
             return self.verdict()
         return self.fail(error)
@@ -3014,7 +3095,7 @@ class _ChatEvents(SSEDecoder):
     """Also takes lines that are not fields of the standard for events.
 
     Before September 2025, llama.cpp sent errors in a field named `error`. Vertex and
-    gateways send them as JSON on lines of its own, which may be pretty-printed.
+    gateways send them as JSON on lines without a field name, also pretty-printed.
     """
 
     _MAX_LINES_BYTES = 64 * 1024
@@ -3034,7 +3115,7 @@ class _ChatEvents(SSEDecoder):
         lines = self._json_lines
         if lines or line[:1] in (b"{", b"["):
             lines += line + b"\n"
-            # Pretty-printed JSON ends with the first line that is not indented.
+            # Pretty-printed JSON ends with the next line that is not indented.
             is_last = line[:1] in (b"{", b"[", b"}", b"]") and line[-1:] in (b"}", b"]")
             if is_last or len(lines) > self._MAX_LINES_BYTES:
                 data = bytes(lines.strip())
@@ -3059,11 +3140,6 @@ def _looks_truncated(text: str, problem: Exception) -> bool:
     return at_end or in_string or not text.rstrip().endswith(("}", "]"))
 
 
-def _has_token(delta: ChoiceDelta) -> bool:
-    texts = delta.content or delta.reasoning_content or delta.refusal
-    return bool(texts or delta.tool_calls or delta.function_call)
-
-
 def _is_plain(chunk: ChatCompletionChunk) -> bool:
     """Tell whether a chunk only continues its choices.
 
@@ -3078,7 +3154,7 @@ def _is_plain(chunk: ChatCompletionChunk) -> bool:
 
 
 def _check_size(payload: Any) -> None:
-    """Raise ValueError if a payload has too many levels, or too many objects to build.
+    """Raise ValueError if a payload has too many levels, objects or lists.
 
     It may have twice as many lists: log probabilities have one for the bytes of each
     token.
@@ -3097,7 +3173,8 @@ def _check_size(payload: Any) -> None:
         containers = [
             item for item in items if type(item) is dict or type(item) is list
         ]
-        if len(containers) > objects_left + lists_left or objects_left < 0:
+        is_over = objects_left < 0 or lists_left < 0
+        if is_over or len(containers) > objects_left + lists_left:
             raise ValueError(f"JSON of more than {MAX_OBJECTS} objects")
         if not containers:
             return
@@ -3126,6 +3203,14 @@ def _without_deltas(payload: Any) -> Any:
     return {**payload, "choices": choices} if "choices" in payload else payload
 
 
+def _brings_output(delta: ChoiceDelta) -> bool:
+    """Tell whether a delta has more than a role: a text, audio or a call."""
+    texts = delta.content or delta.reasoning_content or delta.refusal
+    calls = delta.tool_calls or delta.function_call
+    audio = delta.extra is not None and delta.extra.get("audio")
+    return bool(texts or calls or audio)
+
+
 class _AnswerReader(_Reader):
     """Takes the bytes of one body, returns its chunks, and judges how the answer ended.
 
@@ -3134,13 +3219,14 @@ class _AnswerReader(_Reader):
     | a finish_reason for every choice, or [DONE]       | complete                   |
     | a JSON completion in place of a stream            | complete, one chunk        |
     | reports an error, in any shape                    | APIError                   |
-    | is not read to its end, since it is closed here   | TruncatedStreamError       |
+    | is not read to its end: the caller closed it      | TruncatedStreamError       |
     | a finish_reason that is a word for a failure      | TruncatedStreamError       |
-    | is silent before the answer began                 | APITimeoutError            |
-    | ends before that, or breaks, or is silent         | TruncatedStreamError       |
+    | brings no token within a time limit               | APITimeoutError            |
+    | breaks, or is silent, later than that             | TruncatedStreamError       |
     | [DONE] without a choice                           | APIResponseValidationError |
     | an event that is not JSON, or over a limit        | APIResponseValidationError |
     | not an event stream and not JSON, or nothing      | APIResponseValidationError |
+    | ends without a finish_reason for every choice     | TruncatedStreamError       |
 
     Nothing that follows `[DONE]` changes the verdict, nor does a cut after the last
     finish_reason; and no `[DONE]` makes up for an error.
@@ -3173,7 +3259,8 @@ class _AnswerReader(_Reader):
     def _read(self, data: bytes) -> Iterable[ChatCompletionChunk]:
         """Return the chunks that the bytes complete. Raises APIError."""
         if self._body.kind == "stream":
-            # Micro-optimization: nearly always; this saves an event and a generator.
+            # Micro-optimization: nearly every read is one event of one line. Reading it
+            # here saves making an event and a generator.
             single = self._events._single_data_line(data)
             if single is not None:
                 return self._read_data(single)
@@ -3181,11 +3268,12 @@ class _AnswerReader(_Reader):
         return self._recognise(data)
 
     def finish(self) -> Iterator[ChatCompletionChunk]:
-        """Return the chunks that end with the body. Raises APIError unless complete."""
+        """Take the end of the body; yield its last chunks. Raises unless complete."""
         self.is_finished = True
         if not (self.is_done or self.control.is_closed):
             if self._body.kind == "stream":
-                yield from self._read_events(b"\n\n")  # llama.cpp has left them out
+                # llama.cpp has left out the blank line after the last event.
+                yield from self._read_events(b"\n\n")
             elif self._body.kind == "json":
                 yield self._read_body()
         self.check()
@@ -3225,14 +3313,18 @@ class _AnswerReader(_Reader):
             self.is_done = self.is_finished = True
         elif "\n" in text:
             return self._read_lines(text)
-        # A gateway sent a comment as data; at the end an event may have been cut.
         elif text and text[0] != ":" and not self.is_finished:
+            # A text that begins with ":" is a comment that a gateway sent as data, and
+            # at the end of the body an event may have been cut.
             raise self._invalid(f"an event that is not JSON ({problem})", data)
         return ()
 
     def _read_lines(self, text: str) -> Iterator[ChatCompletionChunk]:
-        """Read events that only one line end parts, so that they came as one."""
+        """Read the lines as events: some servers send no blank line between them."""
         for line in text.split("\n"):
+            # At the end of the body they may be the lines of one event that was cut.
+            if self.is_finished and line.strip()[:1] not in ("{", "["):
+                continue
             yield from self._read_data(line)
             if self.is_done:
                 return
@@ -3241,10 +3333,12 @@ class _AnswerReader(_Reader):
         """Return the answer that a JSON body is, with or without `[DONE]` after it."""
         text = self._body.text
         payload, problem = _parse_json(text)
+        # Some servers send `data: [DONE]`, whole or cut, after the JSON.
         end = getattr(problem, "pos", 0)
-        first, no_first = _parse_json(text[:end])
-        is_rest_done = "data:[DONE]".startswith("".join(text[end:].split()))
-        if not no_first and (is_rest_done or _find_error(first) is not None):
+        first, first_problem = _parse_json(text[:end])
+        rest = "".join(text[end:].split())
+        is_rest_done = "data:[DONE]".startswith(rest)
+        if not first_problem and (is_rest_done or _find_error(first) is not None):
             payload, problem, text = first, None, text[:end]
         if problem:
             if self.cause or _looks_truncated(text, problem):
@@ -3285,13 +3379,14 @@ class _AnswerReader(_Reader):
 
     def _set_deadline(self, chunk: ChatCompletionChunk) -> None:
         """Limit the waits: for the first token, and after the last finish_reason."""
-        if not self._has_token and any(_has_token(c.delta) for c in chunk.choices):
+        if not self._has_token and any(_brings_output(c.delta) for c in chunk.choices):
             self._has_token = True
             self.deadline = _Deadline(None)
+        # Only a finish_reason can end the answer, and only a choice can open it again.
         is_ending = self._is_ending
-        for choice in chunk.choices:
-            if is_ending or choice.finish_reason is not None:
-                is_ending = self._accumulator.has_ended(self._expected.n_choices)
+        has_reason = any(c.finish_reason is not None for c in chunk.choices)
+        if has_reason or (is_ending and chunk.choices):
+            is_ending = self._accumulator.has_ended(self._expected.n_choices)
         if is_ending:
             self.deadline = _Deadline(self._expected.ending_timeout)
         elif self._is_ending:
@@ -3320,7 +3415,9 @@ class _AnswerReader(_Reader):
             limit = self._expected.first_token_timeout
             return self._late(f"no token within {limit:g} s (first_token_timeout)")
         if _is_timeout(cause):
-            silence = f"no data for {self._expected.read_timeout} s"
+            silence = "a read timed out"
+            if self._expected.read_timeout is not None:
+                silence = f"no data for {self._expected.read_timeout:g} s"
             if not self._has_token:
                 return self._late(f"{silence}, waiting for the first token", cause)
             return self._truncated(self._cut_off(silence), cause)
@@ -3346,7 +3443,7 @@ class _AnswerReader(_Reader):
         return self._caused(APITimeoutError(message), cause)
 
     def _caused(self, error: APIError, cause: BaseException | None) -> APIError:
-        if not self._expected.hides(cause):
+        if not self._expected.holds_secret(cause):
             error.__cause__ = cause
         return self.fail(error)
 
@@ -3367,7 +3464,7 @@ class _ModelsReader(_Reader):
         self.is_finished = True
         text = self._body.text
         payload, problem = _parse_json(text)
-        if self.cause is not None or self.deadline.has_passed:
+        if problem and (self.cause is not None or self.deadline.has_passed):
             raise self.verdict()
         if _find_error(payload) is not None:
             raise self._server_error(text)
@@ -3380,8 +3477,8 @@ class _ModelsReader(_Reader):
         if not text.strip():
             raise self._invalid(f"an empty body ({self._content_type()})")
         if problem or not isinstance(models, list):
-            expected = f"a body that is not a list of models ({self._content_type()})"
-            raise self._invalid(expected, text)
+            found = f"a body that is not a list of models ({self._content_type()})"
+            raise self._invalid(found, text)
         names = [_string(model.get("id")) for model in _dicts(models)]
         return ([name for name in names if name],)
 
@@ -3402,7 +3499,7 @@ class _ModelsReader(_Reader):
 
 _DRAIN_BYTES = 64 * 1024  # of an error's body, and of what follows [DONE]
 _ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body
-_DRAIN_TIMEOUT = 0.5  # seconds for the end, without which a connection is not reused
+_DRAIN_TIMEOUT = 0.5  # seconds to read the body to its end, to reuse the connection
 
 
 def _response_reads(response: Any) -> Any:
@@ -3437,11 +3534,14 @@ def _unpack_error_body(encoding: str, body: bytes) -> bytes:
 def _interrupt_read(response: Any) -> None:
     """End the read of a response in another thread: shut its socket down.
 
-    Over HTTP/2 other streams share the socket, so there nothing is done.
+    Over HTTP/2 other streams share the socket, so there nothing is done. If the body
+    ends at this very moment, the connection may have gone to the next request: that one
+    finds a dead connection, and is sent again.
     """
     import socket
 
-    with suppress(Exception):  # a response of a mock may be anything
+    # There may be no response yet, and the response of a mock may be anything.
+    with suppress(Exception):
         if not response.is_closed and response.http_version.startswith("HTTP/1"):
             stream = response.extensions["network_stream"]
             stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
@@ -3450,12 +3550,13 @@ def _interrupt_read(response: Any) -> None:
 class _Timer:
     """Interrupts reads of sync code that take too long: one thread for the process.
 
-    httpx limits each read; a limit that spans several needs somebody else to watch it.
+    httpx limits each read. A limit on several reads together needs another thread.
     """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._due: dict[object, tuple[float, Any]] = {}  # by read: when, the response
+        # The time at which to interrupt each read, and its response.
+        self._due: dict[object, tuple[float, Any]] = {}
         self._wakes_at = math.inf
         self._thread: threading.Thread | None = None
 
@@ -3486,7 +3587,7 @@ class _Timer:
         try:
             yield
         finally:
-            # After this nothing is interrupted: another may have the connection then.
+            # From here on another request may use the connection: do not interrupt it.
             with self._condition:
                 self._due.pop(key, None)
 
@@ -3506,7 +3607,7 @@ class _Timer:
                 self._condition.wait(seconds)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # a forked child needs only its own
 def _timer_of(process: int) -> _Timer:
     return _Timer()
 
@@ -3541,12 +3642,16 @@ async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) ->
 
 
 def _set_read_timeout(request: Any, seconds: float | None) -> None:
-    """Change the limit of each read, which was that of the time left to send."""
+    """Set the time limit of each read; until now it was that for the headers."""
     request.extensions.setdefault("timeout", {})["read"] = seconds
 
 
 def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIError:
-    """Send a request once, and return the response or why there is none."""
+    """Send a request once. Return the response, or the error of the attempt.
+
+    The error is returned, since one that is raised here would have the exception, and
+    with it the request and its key, as its context.
+    """
     try:
         built = request.build(client, reader.deadline.left)
         response: Response = client.send(built, stream=True, follow_redirects=False)
@@ -3560,7 +3665,7 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
             reads = _response_reads(response)
             body = _drain(reads, response, _ERROR_BODY_TIMEOUT)
         return request.status_error(response, _unpack_error_body(encoding, body))
-    # Transports and event hooks may raise anything: it is how the attempt ended.
+    # Transports and event hooks may raise anything: the attempt has failed.
     except Exception as error:
         return request.error(error)
 
@@ -3568,7 +3673,7 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
 async def _aattempt(
     request: _Request, reader: _Reader, client: Any
 ) -> Response | APIError:
-    """Async twin of `_attempt`."""
+    """Async twin of `_attempt`; its caller limits the time, not the request."""
     try:
         built = request.build(client, None)
         response: Response = await client.send(
@@ -3607,7 +3712,7 @@ async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
     import anyio
 
     deadline, control = reader.deadline, reader.control
-    with control.limit(deadline.left):
+    with control.interruptible(deadline.left):
         while not control.is_closed:
             request.retries.begin_attempt()
             result = await _aattempt(request, reader, client)
@@ -3622,14 +3727,18 @@ async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
 
 
 def _is_transport_error(error: Exception) -> bool:
-    """Tell whether an exception of an iterable says how the body ended."""
+    """Tell whether an exception is one of a network or of an HTTP library."""
     root = type(error).__module__.partition(".")[0]
     libraries = ("aiohttp", "h11", "http", "httpcore", "httpx", "httpx2", "urllib3")
     return isinstance(error, OSError) or root in libraries
 
 
 def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
-    """Return what the next read brings, None at the end: of the body or of our time."""
+    """Return the bytes of the next read.
+
+    None if the body has ended, the stream was closed, the time is up, or the read
+    failed: then `reader.cause` is the exception.
+    """
     control, deadline = reader.control, reader.deadline
     if control.is_closed:
         return None
@@ -3663,7 +3772,7 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
             return None
         if deadline.has_passed:
             return None
-        with deadline, control.limit(deadline.left):
+        with deadline, control.interruptible(deadline.left):
             return await anext(reads, None)
     except Exception as error:
         if control.response is None and not _is_transport_error(error):
@@ -3672,9 +3781,21 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
     return None
 
 
+def _open_client(request: _Request, reader: _Reader, loop: Any = None) -> Any:
+    """Return the context manager of the client. Raises APIError, again and again."""
+    try:
+        return request.source.open(request, loop)
+    except APIError as error:
+        reader.fail(error)  # for a stream that is asked once more
+        raise
+
+
 def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
-    """Yield what the reader makes of the answer; closing this closes what it opened."""
-    with request.source.open(request) as client:
+    """Send the request, and yield the items that the reader returns.
+
+    Closing this generator closes the response, and a client made for this request.
+    """
+    with _open_client(request, reader) as client:
         with reader.deadline:
             response = _send(request, reader, client)
         with closing(response):
@@ -3686,19 +3807,19 @@ def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
                     break
                 yield from reader.feed(data)
             yield from reader.finish()
-            # Only a connection that has been read to the end of the body can be used
-            # again. Over HTTP/2, or where no thread can watch, it cannot be bounded.
+            # A connection is used again only if its body has been read to the end. That
+            # read has no time limit over HTTP/2, or without threads: then close it.
             if reader.is_done and not reader.control.is_http2 and _timer().start():
                 _drain(reads, response, _DRAIN_TIMEOUT)
 
 
 async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]:
-    """Async twin of `_stream_answer`."""
+    """Async twin of `_stream_answer`; it also reads the end over HTTP/2."""
     _load_httpx()
     import anyio.lowlevel  # httpx brings it
 
     loop = anyio.lowlevel.current_token()
-    async with request.source.open(request, loop) as client:
+    async with _open_client(request, reader, loop) as client:
         with reader.deadline:
             response = await _asend(request, reader, client)
         async with aclosing(response):
@@ -3716,7 +3837,8 @@ async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]
                 await _adrain(reads, response, _DRAIN_TIMEOUT)
 
 
-# Generators of a parent process: closing them here could wait for a lock for good.
+# Generators of a parent process. They are kept, not closed: a thread of the parent may
+# have held a lock at the fork, and closing them here would wait for it forever.
 _left_to_parent: list[Any] = []
 
 
@@ -3744,12 +3866,13 @@ _Item = TypeVar("_Item")
 class _SyncStream(Iterator[_Item]):
     """The base of the sync streams: takes from a generator that does the work."""
 
-    def _run(self, items: Generator[_Item], control: _Control) -> None:
+    def _set_source(self, items: Generator[_Item], control: _Control) -> None:
+        """Set the generator that yields the items, and what is shared with it."""
         self._items = items
         self._control = control
         # Garbage collection may drop the stream anywhere, also inside the lock of
-        # httpcore's pool. Closing the connection there would wait for that lock for
-        # good, so this keeps the generator, and closes it in a thread of its own.
+        # httpcore's pool. Closing the connection there would wait for that lock
+        # forever, so the finalizer keeps the generator, and closes it in a thread.
         finalizer = weakref.finalize(self, _close_elsewhere, items, os.getpid())
         finalizer.atexit = False
 
@@ -3788,7 +3911,8 @@ class _SyncStream(Iterator[_Item]):
 class _AsyncStream(AsyncIterator[_Item]):
     """Async twin of `_SyncStream`; the event loop looks after dropped generators."""
 
-    def _run(self, items: AsyncGenerator[_Item], control: _Control) -> None:
+    def _set_source(self, items: AsyncGenerator[_Item], control: _Control) -> None:
+        """Set the generator that yields the items, and what is shared with it."""
         self._items = items
         self._control = control
 
@@ -3820,13 +3944,14 @@ class _AsyncStream(AsyncIterator[_Item]):
             await self._control.interrupt()
 
 
-class _Answer:
-    """The parts of both streams of an answer."""
+class _AnswerMixin:
+    """What ChatStream and AsyncChatStream have in common."""
 
     _reader: _AnswerReader
 
     def _check_end(self) -> None:
-        # Without this, a stream that was broken off would look whole when asked again.
+        # The generator has ended. If anything but an APIError ended it, only marking
+        # the stream as closed keeps the answer from looking whole.
         self._reader.control.close()
         self._reader.check()
 
@@ -3842,11 +3967,10 @@ class _Answer:
 
     @property
     def response(self) -> Response | None:
-        """The httpx.Response, None before the first chunk."""
+        """The httpx.Response of the latest attempt, None before its headers arrived."""
         return self._reader.control.response
 
-    def _whole(self) -> ChatCompletion:
-        """Return the answer with the headers of the response."""
+    def _completion_with_headers(self) -> ChatCompletion:
         completion = self.completion
         if self.response is not None:
             completion.response_headers = dict(self.response.headers)
@@ -3854,32 +3978,39 @@ class _Answer:
 
 
 class _SurrogateJoiner:
-    """Joins surrogate pairs that were cut between two texts."""
+    """Joins surrogate pairs that were cut between two texts.
+
+    Some servers send an emoji as two escapes in two chunks; neither half can be encoded
+    alone.
+    """
 
     def __init__(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-16-le")
         self._decode = decoder("replace").decode
 
     def join(self, text: str, final: bool = False) -> str:
-        """Return the text, from a half that was held back, up to one at its end."""
+        """Return the text, after a half held back before, without a half at its end.
+
+        A half that finds no other becomes U+FFFD.
+        """
         return self._decode(text.encode("utf-16-le", "surrogatepass"), final)
 
 
-class ChatStream(_Answer, _SyncStream[ChatCompletionChunk]):
+class ChatStream(_AnswerMixin, _SyncStream[ChatCompletionChunk]):
     """A streamed answer: an iterator of ChatCompletionChunk, and a context manager.
 
     The request is sent at the first `next()`. Iteration stops only after a complete
     answer; any other end raises an APIError. `with`, `close` and dropping it close the
-    connection, so that the server stops. After a `break`, a stream that has a name can
-    be iterated further.
+    connection, so that the server stops. After a `break`, a stream that something still
+    refers to can be iterated further.
     """
 
     def __init__(self, request: _Request) -> None:
         self._reader = _AnswerReader(request.expected, _Control())
-        self._run(_stream_answer(request, self._reader), self._reader.control)
+        self._set_source(_stream_answer(request, self._reader), self._reader.control)
 
     def text(self) -> Iterator[str]:
-        """Iterate over the text of the first answer alone; it can be encoded."""
+        """Yield the text of the choice with index 0, without lone surrogates."""
         joiner = _SurrogateJoiner()
         for chunk in self:
             if text := joiner.join(chunk._first_text()):
@@ -3888,15 +4019,15 @@ class ChatStream(_Answer, _SyncStream[ChatCompletionChunk]):
             yield text
 
 
-class AsyncChatStream(_Answer, _AsyncStream[ChatCompletionChunk]):
+class AsyncChatStream(_AnswerMixin, _AsyncStream[ChatCompletionChunk]):
     """Async twin of `ChatStream`, for asyncio and trio."""
 
     def __init__(self, request: _Request) -> None:
         self._reader = _AnswerReader(request.expected, _Control())
-        self._run(_astream_answer(request, self._reader), self._reader.control)
+        self._set_source(_astream_answer(request, self._reader), self._reader.control)
 
     async def text(self) -> AsyncIterator[str]:
-        """Iterate over the text of the first answer alone; it can be encoded."""
+        """Yield the text of the choice with index 0, without lone surrogates."""
         joiner = _SurrogateJoiner()
         async for chunk in self:
             if text := joiner.join(chunk._first_text()):
@@ -3910,8 +4041,8 @@ def iter_chunks(
 ) -> Iterator[ChatCompletionChunk]:
     """Yield the chunks in the body of an answer, for other HTTP libraries and tests.
 
-    Raises as `ChatStream` does where the body is not a whole answer. An OSError, or an
-    error of an HTTP library, that the iterable raises is how the body ended.
+    Raises as `ChatStream` does where the body is not a whole answer. If the iterable
+    raises an OSError, or an exception of an HTTP library, the body counts as cut off.
     """
     reader = _AnswerReader(_Expected(_byte_limit(max_event_bytes)), _Control())
     reads = iter(chunks)
@@ -3944,17 +4075,13 @@ async def aiter_chunks(
 # The rules of connecting again are those of the HTML Living Standard, section 9.2.3
 # "Processing model", and of practice where it is silent:
 #
-#     204, or closed here                                  the stream ends
+#     204, or closed by the caller                         the stream ends
 #     another status below 500, except 408 and 429         SSEError
 #     another content type, an event over the limit        SSEError
 #     408, 429, 5xx, a network error, silence              on_error, then again
 #     the end of the body                                  again
 
 _MIN_FAILURE_WAIT = 0.1  # seconds from the second failure on, whatever the server says
-_MAX_REDIRECTS = 20
-_REQUEST_KEYWORDS = frozenset(
-    ["content", "cookies", "data", "extensions", "files", "json", "params", "timeout"]
-)
 
 
 def _check_wait(name: str, value: Any) -> float:
@@ -3970,7 +4097,7 @@ def _check_wait(name: str, value: Any) -> float:
 _OWN_FAULTS = ("InvalidURL", "LocalProtocolError", "UnsupportedProtocol")
 
 
-def _is_temporary(status: int | None) -> bool:
+def _is_temporary_status(status: int | None) -> bool:
     """Tell whether a server is asked again after a status."""
     return status is not None and (status in (408, 429) or status >= 500)
 
@@ -4008,21 +4135,26 @@ class _Reconnection:
         self._failures = 0  # attempts in a row that brought no event
         self._retry_after = 0.0
         self._source: EventSource | None = None
-        SSEDecoder(max_event_bytes)  # raises if the limit cannot be used
+        _byte_limit(max_event_bytes)  # raises if it is not a limit
 
     @property
     def last_event_id(self) -> str:
         return self._source.last_event_id if self._source else self._last_event_id
 
     def headers(self) -> dict[str, str | bytes]:
-        """Return the headers of the next request. May raise what `on_error` raises."""
+        """Return the headers of the next request.
+
+        Reports a last event id that no header can hold, and leaves it out.
+        """
         headers: dict[str, str | bytes] = {
             "accept-encoding": "identity",
             "cache-control": "no-cache",
         }
         headers |= self._own_headers
         headers["accept"] = "text/event-stream"
-        value = self.last_event_id.encode("utf-8", "replace")  # httpx would use latin-1
+        # The standard wants UTF-8, and httpx refuses a str that is not ASCII. RFC 9110,
+        # section 5.5: no control characters, no white space at either end.
+        value = self.last_event_id.encode("utf-8", "replace")
         if re.fullmatch(rb"[!-~\x80-\xff]([\t -~\x80-\xff]*[!-~\x80-\xff])?", value):
             headers["last-event-id"] = value
         elif value:
@@ -4031,7 +4163,7 @@ class _Reconnection:
         return headers
 
     def begin(self, response: Response) -> EventSource | None:
-        """Return the events of a response; None if the stream has ended.
+        """Return the events of a response; None if it says not to connect again.
 
         Raises SSEError for any other status than 200, and for another content type.
         """
@@ -4075,10 +4207,10 @@ class _Reconnection:
         if response is not None:  # an event hook called raise_for_status()
             fault = self._status_error(response)
         if isinstance(fault, SSEError):
-            may_pass = _is_temporary(fault.status_code)
+            is_temporary = _is_temporary_status(fault.status_code)
         else:
-            may_pass = _is_transport_error(fault)
-        if not may_pass or type(fault).__name__ in _OWN_FAULTS:
+            is_temporary = _is_transport_error(fault)
+        if not is_temporary or type(fault).__name__ in _OWN_FAULTS:
             raise fault
         self.report(fault)
 
@@ -4107,7 +4239,7 @@ def _same_origin(request: Request, other: Request) -> bool:
     return origin(request.url) == origin(other.url)
 
 
-def _redirected(request: Request, response: Response) -> Request | None:
+def _redirect_request(request: Request, response: Response) -> Request | None:
     """Return the request that a response redirects to, None if it does not.
 
     Headers that are secret do not go to another origin.
@@ -4118,6 +4250,11 @@ def _redirected(request: Request, response: Response) -> Request | None:
             if _Secrets.is_secret_name(name):
                 del following.headers[name]
     return following
+
+
+_REQUEST_KEYWORDS = frozenset(
+    ["content", "cookies", "data", "extensions", "files", "json", "params", "timeout"]
+)
 
 
 def _check_request(request: Json) -> Json:
@@ -4144,14 +4281,15 @@ class _Listener:
         self._kind = kind
         self._client = client
         self._request = _check_request(request)
-        if client is None:
+        if client is None:  # one may have a base_url, and take a path
             _split_url("url", plan.url)
 
     def open(self) -> Any:
-        """Return a context manager that gives the client, and closes one of ours."""
+        """Return a context manager for the client; it closes only one made here."""
         if self._client is not None:
             return nullcontext(self._client)
-        return _new_client(self._kind, may_need_tls=True)  # a redirect may lead there
+        # A redirect may lead to an https URL.
+        return _new_client(self._kind, may_need_tls=True)
 
     def build(self, client: Any) -> Any:
         """Return the request of the next attempt."""
@@ -4161,14 +4299,17 @@ class _Listener:
         )
 
 
+_MAX_REDIRECTS = 20
+
+
 def _follow(client: Any, request: Any, control: _Control) -> Any:
     """Return the response to a request, at the end of its redirects."""
     options: Json = {}
-    for _ in range(_MAX_REDIRECTS):
+    for _ in range(_MAX_REDIRECTS + 1):
         response = client.send(request, stream=True, follow_redirects=False, **options)
         control.begin(response)
-        following = _redirected(request, response)
-        if following is None:
+        following = _redirect_request(request, response)
+        if following is None or control.is_closed:
             return response
         response.close()
         if not _same_origin(request, following):
@@ -4180,13 +4321,13 @@ def _follow(client: Any, request: Any, control: _Control) -> Any:
 async def _afollow(client: Any, request: Any, control: _Control) -> Any:
     """Async twin of `_follow`."""
     options: Json = {}
-    for _ in range(_MAX_REDIRECTS):
+    for _ in range(_MAX_REDIRECTS + 1):
         response = await client.send(
             request, stream=True, follow_redirects=False, **options
         )
         control.begin(response)
-        following = _redirected(request, response)
-        if following is None:
+        following = _redirect_request(request, response)
+        if following is None or control.is_closed:
             return response
         await response.aclose()
         if not _same_origin(request, following):
@@ -4205,9 +4346,11 @@ def _listen(listener: _Listener) -> Generator[ServerSentEvent]:
             try:
                 with closing(_follow(client, request, control)) as response:
                     source = plan.begin(response)
-                    if source is None:
+                    if source is None or control.is_closed:
                         return
                     for event in source:
+                        if control.is_closed:  # by another thread, during the read
+                            return
                         plan.had_event()
                         yield event
             except Exception as error:
@@ -4218,9 +4361,10 @@ def _listen(listener: _Listener) -> Generator[ServerSentEvent]:
 
 
 async def _anext_event(events: Any, control: _Control) -> ServerSentEvent | None:
-    with control.limit(None):
+    """Return the next event, None at the end of the body or when closed."""
+    with control.interruptible():
         return await anext(events, None)
-    return None
+    return None  # the wait was interrupted
 
 
 async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
@@ -4234,7 +4378,7 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
             fault: Exception | None = None
             try:
                 response: Any = None
-                with control.limit(None):
+                with control.interruptible():
                     response = await _afollow(client, request, control)
                 if response is None:  # closed meanwhile
                     return
@@ -4250,12 +4394,12 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
                 fault = error
             if not control.is_closed:
                 plan.end(fault)
-                with control.limit(None):
+                with control.interruptible():
                     await anyio.sleep(plan.wait())
 
 
-class _Events:
-    """The parts of both streams of events."""
+class _EventsMixin:
+    """What EventStream and AsyncEventStream have in common."""
 
     _plan: _Reconnection
 
@@ -4265,20 +4409,20 @@ class _Events:
         return self._plan.last_event_id
 
 
-class EventStream(_Events, _SyncStream[ServerSentEvent]):
+class EventStream(_EventsMixin, _SyncStream[ServerSentEvent]):
     """The events of a URL over any number of connections; see `listen`."""
 
     def __init__(self, listener: _Listener) -> None:
         self._plan = listener.plan
-        self._run(_listen(listener), listener.control)
+        self._set_source(_listen(listener), listener.control)
 
 
-class AsyncEventStream(_Events, _AsyncStream[ServerSentEvent]):
+class AsyncEventStream(_EventsMixin, _AsyncStream[ServerSentEvent]):
     """Async twin of `EventStream`, for asyncio and trio."""
 
     def __init__(self, listener: _Listener) -> None:
         self._plan = listener.plan
-        self._run(_alisten(listener), listener.control)
+        self._set_source(_alisten(listener), listener.control)
 
 
 def listen(
@@ -4295,10 +4439,11 @@ def listen(
     on_error: Callable[[Exception], Any] | None = None,
     **request: Any,
 ) -> EventStream:
-    """Return the events of a URL: iterate over it, and it connects again by itself.
+    """Return the events of a URL as a stream, which connects again when it breaks.
 
     method, headers, client: of the request; a client that is given is not closed.
-    last_event_id: where to go on; the stream's `.last_event_id` is the one to store.
+    last_event_id: the id of the last event that was handled, so that the server goes on
+        after it. Store the stream's `.last_event_id` to have it after a restart.
     retry: seconds until it connects again, unless the server says otherwise. In a row
         of failures they are doubled, less up to half by chance, up to `max_retry`; the
         first event ends the row.
@@ -4313,8 +4458,8 @@ def listen(
     SSEError for other statuses below 500 except 408 and 429, for another content type
     and for an event over the limit. It goes on after network errors, the end of a body,
     silence, 408, 429 and 5xx. Redirects are followed, without secret headers to another
-    origin. Closing it wakes a thread that waits: between two attempts, and in a body
-    over HTTP/1, at once; otherwise with the next bytes or at the timeout.
+    origin. Closing the stream wakes a thread that waits: between two attempts, and in a
+    body over HTTP/1, at once; otherwise with the next bytes or at the timeout.
     """
     plan = _Reconnection(
         url, method, headers, last_event_id, retry, max_retry, max_event_bytes, on_error
@@ -4359,14 +4504,13 @@ def stream_chat(messages: Messages, **options: Unpack[ChatOptions]) -> ChatStrea
     system: the text of a system message, put before the others.
     timeout: seconds between two reads (to connect at most 5), or an httpx.Timeout;
         None is no limit. Default 600.
-    first_token_timeout: seconds of waiting until a token has arrived, whatever else
-        does. In sync code it cannot limit a server that sends its headers byte by byte,
-        HTTP/2, custom transports, and places without threads: there it is looked at
-        between two reads only.
+    first_token_timeout: seconds until the first token, however much else arrives. Sync
+        code checks this limit only between two reads if the server sends its headers
+        byte by byte, over HTTP/2, with custom transports, and without threads.
     max_retries: how often to ask again after a failed connection, and after the
         statuses 408, 409, 429 and 5xx: after 0.5 s doubling to 8 s, or `Retry-After`.
-        Default 2. Besides, a request is sent again once, and at once, where a
-        connection that was kept turns out to be dead.
+        Default 2. Besides, where a connection that was kept turns out to be dead, the
+        request is sent again once, at once.
     max_event_bytes: the limit of one event, or of an answer as JSON. Default 16 MiB.
     headers: sent besides ours, or in their place (Azure: `{"api-key": …}`).
     client: your own httpx.Client, or httpx2's; it is used, and not closed.
@@ -4399,14 +4543,14 @@ def _generate(request: _Request) -> ChatCompletion:
     with ChatStream(request) as stream:
         for _ in stream:
             pass
-        return stream._whole()
+        return stream._completion_with_headers()
 
 
 async def _agenerate(request: _Request) -> ChatCompletion:
     async with AsyncChatStream(request) as stream:
         async for _ in stream:
             pass
-        return stream._whole()
+        return stream._completion_with_headers()
 
 
 def generate(messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
@@ -4426,25 +4570,22 @@ async def agenerate(
 
 def _models(request: _Request) -> list[str]:
     reader = _ModelsReader(request.expected, _Control())
-    names: list[str]
-    for names in _stream_answer(request, reader):
+    with closing(_stream_answer(request, reader)) as items:
+        names: list[str] = next(items)  # the only item
         return names
-    raise reader.verdict()
 
 
 async def _amodels(request: _Request) -> list[str]:
     reader = _ModelsReader(request.expected, _Control())
     async with aclosing(_astream_answer(request, reader)) as items:
-        names: list[str]
-        async for names in items:
-            return names
-    raise reader.verdict()
+        names: list[str] = await anext(items)  # the only item
+        return names
 
 
 def models(**options: Unpack[ChatOptions]) -> list[str]:
     """Return the names of the models that a server lists. Raises APIError.
 
-    Of the options of `stream_chat`, those count that say where and how to ask. The
+    It takes the options of `stream_chat`; those of the request's fields do nothing. The
     limit for the whole list is 30 seconds, or `first_token_timeout`.
     """
     source = _ClientSource("Client", options.get("client"))
@@ -4462,17 +4603,18 @@ class _Client:
 
     def __init__(self, kind: str, options: Json) -> None:
         self._source = _ClientSource(kind, options.get("client"), is_kept=True)
-        owned = {
+        # The environment is read once: changes of it do not affect this client.
+        own = {
             "base_url": _find_base_url(options),
             "api_key": _find_api_key(options, self._source),
         }
-        self._options: Json = options | owned
-        self._source.prepare(
-            _chat_request("", self._options, self._source, is_stream=True)
-        )
+        self._options: Json = options | own
+        # This request is never sent. It raises here if an option cannot be used.
+        request = _chat_request("", self._options, self._source, is_stream=True)
+        self._source.make_kept(request)
 
     def _merged_with(self, options: Any) -> Json:
-        """Return the options of a call: its own before the client's."""
+        """Return the options of the client, overridden by those of a call."""
         for name in ("base_url", "api_key", "client"):
             if name in options:
                 raise TypeError(f"{name} is an option of the client, not of a call")
@@ -4482,11 +4624,13 @@ class _Client:
             merged[name] = {**(both[0] or {}), **(both[1] or {})}
         return merged
 
-    def _chat(self, messages: Messages, options: Any, is_stream: bool) -> _Request:
+    def _new_chat_request(
+        self, messages: Messages, options: Any, is_stream: bool
+    ) -> _Request:
         merged = self._merged_with(options)
         return _chat_request(messages, merged, self._source, is_stream)
 
-    def _models(self, options: Any) -> _Request:
+    def _new_models_request(self, options: Any) -> _Request:
         return _models_request(self._merged_with(options), self._source)
 
 
@@ -4503,17 +4647,17 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
     def stream(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream:
         """Do as `stream_chat` does, over the client's connections."""
-        return ChatStream(self._chat(messages, options, is_stream=True))
+        return ChatStream(self._new_chat_request(messages, options, is_stream=True))
 
     def generate(
         self, messages: Messages, **options: Unpack[ChatOptions]
     ) -> ChatCompletion:
         """Do as `generate` does, over the client's connections."""
-        return _generate(self._chat(messages, options, is_stream=False))
+        return _generate(self._new_chat_request(messages, options, is_stream=False))
 
     def models(self, **options: Unpack[ChatOptions]) -> list[str]:
         """Do as `models` does, over the client's connections."""
-        return _models(self._models(options))
+        return _models(self._new_models_request(options))
 
     def close(self) -> None:
         """Close the connections."""
@@ -4534,17 +4678,21 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
         self, messages: Messages, **options: Unpack[ChatOptions]
     ) -> AsyncChatStream:
         """Do as `astream_chat` does, over the client's connections."""
-        return AsyncChatStream(self._chat(messages, options, is_stream=True))
+        return AsyncChatStream(
+            self._new_chat_request(messages, options, is_stream=True)
+        )
 
     async def generate(
         self, messages: Messages, **options: Unpack[ChatOptions]
     ) -> ChatCompletion:
         """Do as `agenerate` does, over the client's connections."""
-        return await _agenerate(self._chat(messages, options, is_stream=False))
+        return await _agenerate(
+            self._new_chat_request(messages, options, is_stream=False)
+        )
 
     async def models(self, **options: Unpack[ChatOptions]) -> list[str]:
         """Do as `amodels` does, over the client's connections."""
-        return await _amodels(self._models(options))
+        return await _amodels(self._new_models_request(options))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -4593,7 +4741,7 @@ def _demo_tool(request: Json) -> Json | None:
 
 
 def _demo_call(function: Json, call_id: str) -> list[Json]:
-    """Return the deltas of a call, one a token; arguments of simple types fit it."""
+    """Return the deltas of a call, one a token, with arguments for its schema."""
     schema = function.get("parameters") or {}
     values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": []}
     arguments = {
@@ -4609,6 +4757,7 @@ def _demo_call(function: Json, call_id: str) -> list[Json]:
 
 def _demo_completion(request: Json, number: int) -> Json | list[Json]:
     """Return the answer to a request, in one piece or as chunks."""
+    # from_dict joins content that comes in parts.
     message = ChatCompletionMessage.from_dict(request["messages"][-1])
     prompt = message.content or ""
     function = _demo_tool(request)
@@ -4668,8 +4817,9 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
 
     It answers about the prompt that it gets, with `delay` seconds before each token,
     and refuses requests without `api_key`, if one is given. It heeds `stream`, `n`,
-    `stop`, `stream_options`, `max_tokens` (reasoning counts, too), and `tool_choice`:
-    "required" calls the first of `tools`, a named function that one.
+    `stop`, `stream_options`, `max_tokens` and `max_completion_tokens` (reasoning counts
+    in both), and `tool_choice`: "required" calls the first of `tools`, a named function
+    calls that one.
     """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -4682,8 +4832,8 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             path = self.path.partition("?")[0]
-            is_allowed = self.headers["authorization"] == f"Bearer {api_key}"
-            is_allowed = is_allowed or not api_key
+            key = self.headers["authorization"]
+            is_allowed = not api_key or key == f"Bearer {api_key}"
             status, answer = _demo_answer(path, body, is_allowed, next(numbers))
             kind, pieces = "application/json", [json.dumps(answer).encode()]
             if isinstance(answer, list):
@@ -4692,7 +4842,7 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Transfer-Encoding", "chunked")
-            self.send_header("Connection", "close")  # none outlives the server
+            self.send_header("Connection", "close")  # so that none outlives the server
             self.end_headers()
             for piece in pieces:
                 time.sleep(delay)
@@ -4723,11 +4873,12 @@ def demo_server(delay: float = 0.0, api_key: str | None = None) -> Iterator[str]
 _DESCRIPTION = """\
 Ask a model at an OpenAI-compatible server. Without a prompt this is a conversation.
 
-Standard input that is not a terminal goes before the prompt, or where a - stands among
-its words. In a loop over lines write `</dev/null`, or the first prompt reads them all.
+Standard input that is not a terminal goes before the prompt, or in place of a - in it.
+In a loop over lines write `</dev/null`, or the first prompt reads them all.
 
 exit codes: 0 whole; 1 an error of the server, the network or a file; 2 wrong usage;
-3 printed, but not whole (cut off, at a limit, filtered, empty); 130 Ctrl-C
+3 printed, but not whole (cut off, at a limit, filtered, empty); 130 Ctrl-C;
+141 the reader of the output has left
 
 environment: OPENAI_BASE_URL, OPENAI_API_KEY (no option takes the key: all users of a
 machine see options), OPENAI_MODEL, OLLAMA_HOST, NO_COLOR"""
@@ -4746,7 +4897,7 @@ def _utf8(word: str) -> str:
     try:
         word.encode()
         return word
-    except UnicodeEncodeError:  # Python has hidden bytes in it
+    except UnicodeEncodeError:  # bytes that Python could not decode (PEP 383)
         return os.fsencode(word).decode()
 
 
@@ -4769,10 +4920,11 @@ def _parser() -> argparse.ArgumentParser:
     about = "default: OPENAI_MODEL, else the first the server lists"
     add("-m", "--model", type=_utf8, help=about)
     add("-s", "--system", type=_utf8, metavar="TEXT", help="a system message")
-    add("-u", "--base-url", metavar="URL", help=f"default: {DEFAULT_BASE_URL}")
+    about = "default: OPENAI_BASE_URL, else OLLAMA_HOST, else Ollama on this machine"
+    add("-u", "--base-url", metavar="URL", help=about)
     about = "goes into the request; VALUE as JSON, else as text; repeatable"
-    option = functools.partial(add, action="append", default=[], type=_utf8)
-    option("-o", "--option", metavar="KEY=VALUE", help=about)
+    repeat: Json = {"action": "append", "default": [], "type": _utf8}
+    add("-o", "--option", metavar="KEY=VALUE", help=about, **repeat)
     flag("--json", help="print the server's chunks, one a line")
     flag("--no-stream", help="ask for the answer in one piece")
     flag("--usage", help="tell model, tokens and times on standard error")
@@ -4780,7 +4932,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "the longest silence of the server in seconds, default 600"
     add("--timeout", type=float, default=DEFAULT_TIMEOUT, help=about)
     flag("--list-models", help="print the server's models")
-    flag("--dry-run", help="print a curl command in place of asking")
+    flag(
+        "--dry-run", help="print a curl command in place of asking; -m saves a request"
+    )
     flag("--demo", help="ask a demo server inside this program")
     add("--version", action="version", version=f"sse_chat {__version__}")
     return parser
@@ -4795,16 +4949,16 @@ def _printable(text: str) -> str:
 
 
 class _Screen:
-    """Where the cursor is: answers, thinking and notes never share a line.
+    """Writes answers, thinking and notes, so that no two of them share a line.
 
     Answers go to standard output, the rest to standard error; on a terminal both are
     the same screen. Into a pipe an answer goes as it came, and its last line is ended.
     """
 
     def __init__(self) -> None:
-        self.in_answer = False  # its line has no end yet
-        self.in_thinking = False
-        self.has_dots = False  # they show that the program waits, and leave no trace
+        self.in_answer = False  # the cursor is in a line of the answer
+        self.in_thinking = False  # the cursor is in a line of the thinking
+        self.has_dots = False  # "..." is shown, to be overwritten
 
     def answer(self, text: str) -> None:
         """Write a piece of an answer."""
@@ -4851,6 +5005,7 @@ class _Screen:
             self.end_answer()
 
     def end_thinking(self) -> None:
+        """Remove the dots, and end the line of the thinking."""
         if self.has_dots:
             self.has_dots = False
             print("   ", end="\r", file=sys.stderr, flush=True)
@@ -4888,8 +5043,10 @@ class _Conversation:
                     return file.read()
         except OSError as error:
             raise _FileError(f"{self.name}: {error.strerror}") from None
-        if os.path.exists(path) or not os.path.isdir(os.path.dirname(path)):
-            raise _FileError(f"{self.name} is not the name of a file")
+        if os.path.exists(path):
+            raise _FileError(f"{self.name} is not a file")
+        if not os.path.isdir(os.path.dirname(path)):
+            raise _FileError(f"{self.name} is in a directory that does not exist")
         return b""
 
     def parse(self, data: bytes) -> list[Json]:
@@ -4906,8 +5063,9 @@ class _Conversation:
     def save(self) -> None:
         """Write the messages to the file, unless another program has changed it.
 
-        The new file is written beside the old one and renamed, so none is ever half
-        there; since it is made exclusively, it is the lock among several programs, too.
+        The new file is written beside the old one, then renamed, so the file is never
+        half written. Making it fails if it exists: that is the lock against other
+        programs.
         """
         if not self.name:
             return
@@ -4966,7 +5124,7 @@ def _option(text: str) -> tuple[str, Any]:
     parsed: Any = value
     with suppress(ValueError, RecursionError):
         parsed = json.loads(value)
-    if name == "headers":
+    if name == "headers":  # _check_headers has other words, for programs
         values = parsed.values() if isinstance(parsed, dict) else [None]
         if not all(isinstance(value, str) for value in values):
             raise ValueError('-o headers wants an object of texts: \'{"x": "y"}\'')
@@ -4974,7 +5132,10 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _standard_input() -> str:
-    """Return all of it, without a BOM and with plain line ends. Raises ValueError."""
+    """Return standard input as text, without a BOM, and empty lines around it.
+
+    Raises ValueError if it is not UTF-8.
+    """
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -5008,24 +5169,25 @@ def _call_line(call: Json) -> str:
 
 def _refusal(part: ChatCompletionChunk | ChatCompletion) -> str:
     """Return the refusal in the first answer."""
-    text = ""
-    for choice in part.choices:
-        if choice.index == 0:
-            message: Any = getattr(choice, "delta", None) or vars(choice)["message"]
-            text += message.refusal or ""
-    return text
+    return "".join(message.refusal or "" for message in part._first())
 
 
 def _spent(usage: CompletionUsage | None, times: list[float]) -> str:
-    """Tell tokens and times, as far as they are known and mean something."""
-    start, first, last, end = (times[at] for at in (0, 1, -2, -1))
-    spent = f"first token after {first - start:.2f} s"
-    spent += f", all after {end - start:.2f} s"
+    """Tell tokens and times, as far as they are known and mean something.
+
+    `times` has the time of the question, of each piece of text, and of the end.
+    """
+    start, *arrivals, end = times
+    spent = f"all after {end - start:.2f} s"
+    generating = 0.0
+    if arrivals:
+        spent = f"first token after {arrivals[0] - start:.2f} s, {spent}"
+        generating = arrivals[-1] - arrivals[0]
     counts = (usage.prompt_tokens, usage.completion_tokens) if usage else ()
     if not counts or any(type(n) is not int or not 0 <= n < 10**9 for n in counts):
         return spent
-    if counts[1] > 1 and last - first > 0.05:  # less is the time of a few reads
-        spent += f", {(counts[1] - 1) / (last - first):.1f} tokens/s"
+    if counts[1] > 1 and generating > 0.05:  # less is the time of a few reads
+        spent += f", {(counts[1] - 1) / generating:.1f} tokens/s"
     return f"{counts[0]} + {counts[1]} tokens, {spent}"
 
 
@@ -5033,7 +5195,7 @@ def _shell_text(text: str, name: str = "") -> str:
     """Return text as it stands in double quotes; a secret becomes a variable."""
     if text == f"Bearer {os.environ.get('OPENAI_API_KEY', '').strip()}":
         return "Bearer $OPENAI_API_KEY"
-    if re.search("auth|cookie|key|password|secret|token", name, re.IGNORECASE):
+    if _Secrets.is_secret_name(name):
         variable = re.sub(r"\W|^(?=\d)", "_", name.upper(), flags=re.ASCII)
         return f"${{{variable}}}"
     return re.sub(r'([$`"\\])', r"\\\1", text)
@@ -5060,7 +5222,8 @@ def _prepare_readline() -> None:
     with suppress(ImportError):
         import readline
 
-        if os.environ.get("TERM") != "dumb":  # Python turns it off
+        # Python's readline module turns bracketed paste off.
+        if os.environ.get("TERM") != "dumb":
             readline.parse_and_bind("set enable-bracketed-paste on")
 
 
@@ -5099,13 +5262,13 @@ class _Program:
         self.model = args.model or os.environ.get("OPENAI_MODEL", "").strip()
         self.options = dict(map(_option, args.option))
         self.conversation = _Conversation(args.conversation)
-        self.goes_on = bool(args.conversation)  # another turn may follow
+        self.has_more_turns = bool(args.conversation)
         if args.system is not None:
             self.conversation.set_system(args.system)
-        # Of the latest turn.
-        self.said: list[str] = []  # the text of the answer as far as it came
-        self.times: list[float] = []  # when the question went out, and text came
-        self.code = 0  # the exit code
+        # The state of the latest turn.
+        self.answer_texts: list[str] = []  # the text that has arrived
+        self.times: list[float] = []  # of the question, and of each piece of text
+        self.exit_code = 0
 
     def run(self) -> int:
         """Do what the arguments say; return the exit code."""
@@ -5115,7 +5278,8 @@ class _Program:
             return 0
         prompt = _prompt(self.args.prompt)
         if not self.model:
-            with suppress(APIStatusError):  # no list: the server may need no name
+            # Without a list: the server may need no name.
+            with suppress(APIStatusError, APIResponseValidationError):
                 self.model = next(iter(self.client.models()), "")
             if self.model and sys.stderr.isatty():
                 self.screen.note(f"asking {self.model}")
@@ -5125,7 +5289,10 @@ class _Program:
         return self.turn(prompt) if prompt else self.converse()
 
     def request(self, prompt: str) -> Any:
-        """Return the request of a prompt, caught on its way to the network."""
+        """Return the request of a prompt, caught on its way to the network.
+
+        The client that catches it stays the program's: nothing is asked after this.
+        """
         httpx = _load_httpx()
         caught: list[Any] = []
 
@@ -5144,7 +5311,7 @@ class _Program:
 
     def turn(self, prompt: str) -> int:
         """Ask, show the answer as it comes and keep it; return the exit code."""
-        self.said, self.times, self.code = [], [time.monotonic()], 0
+        self.answer_texts, self.times, self.exit_code = [], [time.monotonic()], 0
         self.screen.wait()
         try:
             completion = self.ask(prompt)
@@ -5152,13 +5319,13 @@ class _Program:
             has_answer = self.keep(prompt)
             self.screen.end_lines()
             is_stopped = isinstance(error, KeyboardInterrupt)
-            if is_stopped and self.goes_on and not has_answer:
+            if is_stopped and self.has_more_turns and not has_answer:
                 self.screen.note("the question was not kept")
             raise
         self.screen.end_lines()
         if completion.limit:
             for choice in completion.choices:
-                choice.message.tool_calls = None  # the last may be cut off
+                choice.message.tool_calls = None  # one may be cut off: none can be run
         if not self.args.json:
             self.show_rest(completion)
         has_answer = self.keep(prompt, completion)
@@ -5173,7 +5340,7 @@ class _Program:
         if not has_answer:
             self.screen.note("the answer is empty")
             return 3
-        return self.code
+        return self.exit_code
 
     def ask(self, prompt: str) -> ChatCompletion:
         """Ask, show what comes and return the whole. Raises APIError."""
@@ -5195,23 +5362,24 @@ class _Program:
             return stream.completion
 
     def show(self, parts: Iterable[ChatCompletionChunk | ChatCompletion]) -> None:
-        """Show an answer that comes in parts, and keep its text in `said`."""
+        """Show an answer that comes in parts, and keep its text. Raises APIError."""
         errors: list[APIError] = []
         for is_thinking, text in split_thinking(self.texts(parts, errors)):
             if not is_thinking:
-                self.said.append(text)
+                self.answer_texts.append(text)
             self.show_text(text, is_thinking)
-        for error in errors:
-            raise error
+        if errors:
+            raise errors[0]
 
     def texts(
         self,
         parts: Iterable[ChatCompletionChunk | ChatCompletion],
         errors: list[APIError],
     ) -> Iterator[str]:
-        """Give the text of each part, and show what else is in it.
+        """Yield the text of each part. Shows its reasoning, or with --json its JSON.
 
-        An error goes into `errors`, so that text which was held back comes before it.
+        An APIError is put into `errors`, not raised: `split_thinking` would lose the
+        text that it holds back. `show` raises it after that text.
         """
         joiner = _SurrogateJoiner()
         try:
@@ -5248,7 +5416,7 @@ class _Program:
 
     def keep(self, prompt: str, completion: ChatCompletion | None = None) -> bool:
         """Keep a turn if an answer has come; tell whether one has."""
-        message: Json = {"role": "assistant", "content": "".join(self.said)}
+        message: Json = {"role": "assistant", "content": "".join(self.answer_texts)}
         if completion and completion.choices[0].message.tool_calls:
             message = completion.choices[0].message.to_dict()
         elif not message["content"].strip():
@@ -5258,13 +5426,13 @@ class _Program:
             self.conversation.save()
         except _FileError as error:
             self.screen.note(str(error))
-            self.code = 1
+            self.exit_code = 1
         return True
 
     def converse(self) -> int:
         """Ask what is typed, until the end of standard input."""
         _prepare_readline()
-        self.goes_on = True
+        self.has_more_turns = True
         self.screen.answer("/? for help, Ctrl-D to leave\n")
         while True:
             try:
@@ -5310,7 +5478,7 @@ class _Program:
         )
 
     def open_file(self, name: str) -> str:
-        """Go on with the conversation in a file; an empty one gets the present one."""
+        """Go on with the conversation in a file; into an empty file, save this one."""
         if not name:
             raise ValueError("/file wants the name of a file")
         conversation = _Conversation(name)
@@ -5321,19 +5489,20 @@ class _Program:
         return f"{name} holds {len(conversation.messages)} messages"
 
 
-def _base_url(given: str | None) -> str:
-    """Return where to ask: as given, else OPENAI_BASE_URL, else OLLAMA_HOST."""
+def _command_line_base_url(given: str | None) -> str:
+    """Return where to ask: `given`, OPENAI_BASE_URL, OLLAMA_HOST, or the default."""
     url = given or os.environ.get("OPENAI_BASE_URL", "").strip()
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
     if url or not host:
         return url or DEFAULT_BASE_URL
-    # Any part of it may be missing, and 0.0.0.0 is where Ollama listens.
+    # OLLAMA_HOST is scheme://host:port/path, any part of which may be missing.
     forms = r"(?s)\A(\w+://)?(\[.*\]|[^/:]*|[^/]*)(:\d+)?:?(/.*)?\Z"
     scheme, host, port, path = re.findall(forms, host)[0]
     if not (scheme or port):
         port = ":11434"
     if ":" in host and "[" not in host:
         host = f"[{host}]"
+    # Ollama listens on 0.0.0.0 or [::], all addresses, to which no client can connect.
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     return f"{scheme or 'http://'}{host}{port}{path.rstrip('/')}/v1"
 
@@ -5373,7 +5542,7 @@ def _complain(screen: _Screen, error: Exception, url: str) -> int:
     if isinstance(error, TruncatedStreamError):
         screen.note(error.message)
         return 3
-    where = "at " + re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", url)
+    where = f"at {_public_url(url)}"
     if error.status_code is not None:
         where = f"HTTP {error.status_code} {where}"
     advice = error.advice.replace("base_url", "--base-url")
@@ -5393,7 +5562,7 @@ def main(argv: list[str] | None = None) -> int:
             _prepare_streams()
             stack.callback(sys.stdout.flush)
             args = _parser().parse_intermixed_args(argv)
-            url = _base_url(args.base_url)
+            url = _command_line_base_url(args.base_url)
             if args.demo:
                 os.environ["no_proxy"] = "*"  # no proxy leads to this process
                 url = stack.enter_context(demo_server(delay=0.02))
@@ -5406,7 +5575,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # Python would write again, at its exit, what standard output did not take.
+        # Standard output is full or closed, as a rule. Python would write the rest at
+        # its exit and fail again, so that goes to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141  # the reader of our output has left: so do we, quietly

@@ -1374,11 +1374,12 @@ def thought_and_said(texts):
 
 def by_the_rule(text):
     """The same as one expression, for a text that is whole."""
-    found = re.fullmatch(r"\s*<think>(.*?)(</think>\n*(.*))?", text, re.DOTALL)
+    found = re.fullmatch(r"\s*<think>(.*?)(</think>[\r\n]*(.*))?", text, re.DOTALL)
     return (found[1], found[3] or "") if found else ("", text)
 
 
-TAGS = st.sampled_from(["<think>", "</think>", "<", "thi", "nk>", "/", "A", " ", "\n"])
+TAGS = ["<think>", "</think>", "<", "thi", "nk>", "/", "A", " ", "\n", "\r\n"]
+TAGS = st.sampled_from(TAGS)
 
 
 @examples(3)
@@ -1631,6 +1632,18 @@ SHAPES = {
         {"error": {"message": CANARY, "code": [], "type": 5}},
         (None, None, None, CANARY),
     ),
+    "a message beside a text": (
+        {"status": 500, "error": "Internal Server Error", "message": CANARY},
+        (None, None, None, CANARY),
+    ),
+    "a description beside a text": (
+        {"error": "invalid_token", "error_description": CANARY},
+        (None, None, None, CANARY),
+    ),
+    "in no known name": (
+        {"error": {"info": f"模型 {CANARY}"}},
+        (None, None, None, f'{{"info": "模型 {CANARY}"}}'),
+    ),
 }
 # What only an event stream can hold
 ERROR_EVENTS = {
@@ -1806,6 +1819,11 @@ SERVERS |= {
     "no models: [DONE]": ([http(DONE)], LIST, Invalid, r"\[DONE\]", ""),
     "no models: a stream": ([http(*HELLO)], LIST, Invalid, "data: ", ""),
 }
+
+
+def test_a_whole_list_of_models_whose_connection_breaks_then_is_one(waits):
+    with serve(chunked(MODELS, end=False)) as server:
+        assert sse_chat.models(base_url=server.url) == ["b", "a"]
 
 
 def test_a_page_without_end_is_left_soon():
@@ -3350,6 +3368,13 @@ def test_the_input_of_a_custom_tool_is_joined():
     assert message.to_dict()["tool_calls"] == [
         {"id": "a", "type": "custom", "custom": {"name": "run", "input": "echo hi"}}
     ]
+
+
+def test_a_custom_tool_keeps_what_else_its_server_sends():
+    sent = [{"index": 0, "custom": {"name": "run", "input": "hi", "format": "text"}}]
+    message = joined([sent], "tool_calls").choices[0].message
+    [call] = message.to_dict()["tool_calls"]
+    assert call["custom"] == {"name": "run", "input": "hi", "format": "text"}
 
 
 def opened(index, call, *, id=True):
@@ -5610,8 +5635,11 @@ VARIABLES = {  # that httpx refuses, a value; what is shown of it
         "socks://127.0.0.1:9",
     ),
     "HTTP_PROXY": ("HTTP_PROXY", "ftp://127.0.0.1:9", "ftp://127.0.0.1:9"),
+    "a password with a slash": (
+        "HTTP_PROXY", f"http://user:{CANARY}@127.0.0.1:9", "http://127.0.0.1:9",
+    ),
     "lower case": ("http_proxy", "ftp://127.0.0.1:9", "ftp://127.0.0.1:9"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", VARIABLES.values(), ids=VARIABLES)
@@ -5644,6 +5672,41 @@ async def test_a_proxy_that_wants_a_login_is_told(chat, waits, monkeypatch):
     assert "ollama" not in str(error).lower()
     assert "canary" not in whole_chain(error)
     assert (len(server.heads), waits) == (1, [])
+
+
+async def test_the_login_of_a_proxy_without_a_scheme_is_not_told(
+    chat, waits, monkeypatch
+):
+    monkeypatch.setenv("http_proxy", "user:canary-12345@127.0.0.1:9")
+    error = (await ask(chat, "http://models.example/v1")).error
+    assert "http_proxy is 127.0.0.1:9" in str(error)
+    assert "canary" not in whole_chain(error)
+
+
+async def test_a_client_that_has_no_connection_free_is_told(chat, waits):
+    def refuse_it(request):
+        raise httpx.PoolTimeout("")
+
+    error = (await ask_mock(chat, refuse_it)).error
+    assert (type(error), error.is_retryable) == (Timeout, True)
+    assert "a free connection" in error.message
+
+
+@pytest.mark.parametrize("after", [1, 2])
+async def test_a_client_that_cannot_be_made_is_told_each_time(chat, monkeypatch, after):
+    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1:9")
+    stream = chat.stream("hi", base_url=NOBODY)
+    for _ in range(after):
+        with pytest.raises(Unreachable, match="nonsense"):
+            await anext(stream)
+
+
+def test_waits_stay_within_8_seconds_however_often_it_is_asked(waits):
+    transport = httpx.MockTransport(lambda request: httpx.Response(503))
+    with httpx.Client(transport=transport) as own:
+        error = ask_sync(AT, client=own, max_retries=1030).error
+    assert type(error) is Status
+    assert (len(waits), max(waits) <= 8, min(waits[4:]) >= 6) == (1030, True, True)
 
 
 async def test_two_transfer_encodings_are_told(chat, waits):
@@ -5833,6 +5896,8 @@ PACKED = {  # a Content-Encoding, the body of HELLO in it
     "members, some empty": ("gzip", members(b"", *HELLO[:2], b"", b"", *HELLO[2:])),
     "deflate of zlib": ("deflate", zlib.compress(HELLO_BYTES)),
     "raw deflate": ("deflate", raw_deflate(HELLO_BYTES)),
+    "zeros between members": ("gzip", members(*BEGUN) + bytes(9) + members(*ENDING)),
+    "zeros at the end": ("gzip", members(*BEGUN, STOPPED) + bytes(9)),
 }
 
 
@@ -6669,6 +6734,9 @@ REFUSED = [  # options, the error, and what it says
     ({"method": "GET /"}, ValueError, "method"),
     ({"headers": {"X": "a\nb"}}, ValueError, "header"),
     ({"headers": {"X\0": "a"}}, ValueError, "header"),
+    *(({"headers": {odd: "a"}}, ValueError, "its name") for odd in ("x y", "x(y", "")),
+    *(({"headers": {odd: "a"}}, TypeError, "header") for odd in (1, None)),
+    ({"timeout": True}, TypeError, "timeout"),
     ({"headers": {"X": "ä"}}, ValueError, "."),
     ({"json": {1j}}, TypeError, "."),
     ({"jsno": {}}, TypeError, "jsno"),
@@ -6947,6 +7015,22 @@ async def test_closing_wakes_who_waits(chat, phase):
         assert len(server.heads) <= len(took)
 
 
+@pytest.mark.parametrize("redirects", [False, True], ids=["stream", "redirects"])
+def test_closing_before_the_headers_ends_the_stream_once_they_are_there(redirects):
+    asked = threading.Semaphore(0)
+    head = [b"HTTP/1.1 307 Away\r\nLocation: /v1\r\nContent-Length: 0\r\n\r\n"]
+    answer = [*head, KEEP] if redirects else [HEAD, [(EVENT, 0.05)] * 600]
+    slow = play(lambda connection: asked.release(), 0.2, *answer)
+    with serve(slow) as server, sse_chat.listen(server.url) as source:
+        got = []
+        reader = threading.Thread(target=lambda: got.extend(source))
+        reader.start()
+        assert asked.acquire(timeout=PATIENCE)
+        source.close()
+        reader.join(PATIENCE)
+        assert (reader.is_alive(), got, len(server.heads)) == (False, [], 1)
+
+
 async def closed_from_a_thread(chat, source, waits, portal):
     """Close a source that waits for an event; give the seconds until its end."""
     close = source.twin.close if chat is SYNC else source.aclose
@@ -7084,6 +7168,20 @@ async def test_memory_does_not_grow_with_reconnections(chat):
     assert last - first < 150  # blocks of memory: a quarter of one for each connection
 
 
+@pytest.mark.parametrize("times", [20, 21], ids="{} times".format)
+async def test_twenty_redirects_are_followed(chat, times):
+    def answer(request):
+        number = int(request.url.path[1:])
+        if number < times:
+            return httpx.Response(302, headers={"location": f"/{number + 1}"})
+        return httpx.Response(204)
+
+    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+        source = listening(chat, "http://h/0", client=own)
+        with pytest.raises(StopAsyncIteration if times == 20 else SSEError):
+            await anext(source)
+
+
 def test_listening_refuses_packed_bodies_and_endless_redirects():
     head = {"content-type": "text/event-stream", "content-encoding": "br"}
     packed = httpx.Response(200, headers=head, stream=httpx.ByteStream(b""))
@@ -7096,10 +7194,85 @@ def test_listening_refuses_packed_bodies_and_endless_redirects():
                 next(source)
 
 
-def test_a_page_without_a_title_is_told_by_its_text():
-    page = b"<html><body><h1>Bad</h1> <b>gateway</b></body></html>"
+@pytest.mark.parametrize("indent", [0, 150], ids="{} indented lines".format)
+def test_a_page_without_a_title_is_told_by_its_text(indent):
+    start = b"<html>" + b"\n        " * indent
+    page = start + b"<body><h1>Bad</h1> <b>gateway</b></body></html>"
     with serve(http(page, status="404 No", kind="text/html")) as server:
         assert ask_sync(server.url).error.message == "Bad gateway"
+
+
+def test_halves_of_a_pair_are_joined_in_keys_and_parts_too():
+    """And the end of a text that began in parts adds no empty part."""
+    half, other = "\ud83d", "\ude42"
+    deltas = [{"content": half}, {"content": [{"type": "text", "text": other}]}]
+    deltas += [{"content": "", half + other: 1}]
+    message = accumulate(map(chunk_of, deltas)).choices[0].message
+    assert message.content == "🙂"
+    sent_back = message.to_dict()
+    assert sent_back["content"] == [{"type": "text", "text": "🙂"}]
+    assert sent_back["🙂"] == 1
+    assert ChatCompletion.from_dict({half: 1}).to_dict() == {"\ufffd": 1}
+
+
+def test_a_whole_message_may_follow_a_text_in_parts():
+    parts = {"content": [{"type": "text", "text": "Hel"}]}
+    for content in ("Hello", [{"type": "text", "text": "Hello"}]):
+        answer = chunks_in(
+            sse(said(parts)), message_event({"content": content}, "stop")
+        )
+        assert (answer.error, answer.text) == (None, "Hello")
+        assert answer.completion.text == "Hello"
+
+
+def test_a_changed_finish_reason_replaces_the_one_under_another_name():
+    choice = ChatCompletion.Choice.from_dict({"finishReason": "STOP", "message": {}})
+    assert (choice.finish_reason, choice.extra) == ("STOP", None)
+    choice.finish_reason, choice.extra = "length", None
+    assert choice.to_dict()["finish_reason"] == "length"
+    assert "finishReason" not in choice.to_dict()
+
+
+async def test_a_hook_that_takes_the_body_of_an_error_leaves_its_status(chat):
+    async def atake(response):
+        async for _ in response.aiter_bytes():
+            pass
+        response.raise_for_status()
+
+    def take_all(response):
+        for _ in response.iter_bytes():
+            pass
+        response.raise_for_status()
+
+    hooks = {"response": [take_all if chat is SYNC else atake]}
+    with serve(refuse(400)) as server:
+        async with own_client(chat, event_hooks=hooks) as own:
+            error = (await ask(chat, server.url, client=own)).error
+    assert (type(error), error.status_code) == (Status, 400)
+
+
+def test_audio_is_a_token():
+    """So what breaks after it has been cut off."""
+
+    def pieces():
+        yield sse(said({"audio": {"data": "AAAA"}}))
+        raise TimeoutError
+
+    answer = finished(take(Sync(sse_chat.iter_chunks(pieces()))))
+    assert type(answer.error) is Truncated
+    assert "a read timed out" in answer.error.message
+
+
+def test_an_event_in_lines_that_is_cut_is_a_cut():
+    lines = b'data: {\ndata:  "choices": [\ndata:   72'
+    answer = chunks_in(*BEGUN, lines)
+    assert (type(answer.error), answer.text) == (Truncated, "Hello")
+
+
+def test_lists_have_a_limit_of_their_own():
+    for count, error in ((199_990, Truncated), (200_010, Invalid)):
+        sent = said({"content": "x", "y": [[]] * count})
+        assert type(chunks_in(sse(sent)).error) is error
 
 
 def test_an_empty_list_of_tool_calls_does_not_go_back():
@@ -7495,6 +7668,17 @@ def test_a_usage_that_is_no_number_of_tokens_is_left_out(cli, name):
         assert re.search(rf"\Asse_chat: m: {TIMES}", err)
 
 
+def test_usage_names_no_first_token_where_none_came(cli):
+    with serve(http(calls([0]), *STOP)) as server:
+        err = cli(*to(server), "--usage", "hi")[2]
+    assert re.fullmatch(r"sse_chat: m: all after \d+\.\d\d s\n", err)
+
+
+def test_a_page_in_place_of_the_list_of_models_does_not_stop_the_program(cli):
+    with serve(in_turn(http(PAGE, kind="text/html"), http(*HELLO))) as server:
+        assert cli("-u", server.url, "hi")[:2] == (0, "Hello\n")
+
+
 def test_each_chunk_is_flushed_and_a_closed_pipe_is_quiet():
     both = threading.Barrier(2, timeout=PATIENCE)
     more = b"%x\r\n%s\r\n" % (len(CUT[0]), CUT[0])
@@ -7648,6 +7832,7 @@ DRY = {
     "no key": ("", "", ["--no-stream", "-s", "brief"], {}),
     "login": ("me:hush%20hush@", "", [], {"AUTHORIZATION": "Basic bWU6aHVzaCBodXNo"}),
     "query": ("", "?v=1&sub-key=sk-hidden&w=$x", [], {"SUB_KEY": "sk-hidden"}),
+    "signature": ("", "?v=1&sig=sk-hidden", [], {"SIG": "sk-hidden"}),
     "headers": ("", "", ["-o", f"headers={json.dumps(OF_A_CALL)}"], HIDDEN),
     "large": ("", "", ["-s", 100_000 * "好"], {}),
 }
