@@ -1890,7 +1890,7 @@ async def test_models_lists_the_names(chat, waits):
 #      are tried again first
 
 MOVED = "Location: http://u:hush@127.0.0.1:9/x?key=hush"
-AWAY = "; not following to http://127.0.0.1:9/x with the key"
+AWAY = "; redirects are not followed with the key: set base_url to http://127.0.0.1:9/x"
 BOOM = gzip.compress(b'{"error": "boom"}')
 GZIP = "Content-Encoding: gzip"
 NO_RETRY = {"max_retries": 0}
