@@ -427,10 +427,16 @@ def time_limit(request):
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in filter(ENVIRONMENT.fullmatch, list(os.environ)):
+            patch.delenv(name)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch, caplog):
-    for name in filter(ENVIRONMENT.fullmatch, list(os.environ)):
-        monkeypatch.delenv(name)
+def no_word_of_asyncio(caplog):
     yield
     logged = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
     assert [text for text in logged if not text.startswith("Executing ")] == []  # slow
@@ -1300,7 +1306,7 @@ def parts_of(value):
     return parts
 
 
-@examples(0.6)
+@examples(0.4)
 @given(streams())
 def test_chunks_accumulate_to_the_whole_answer(stream):
     """A completion taken on the way shares no part that can change with later ones."""
@@ -2306,7 +2312,7 @@ async def test_every_body_ends_as_its_row_says(chat, body):
     Sync code gets single bytes; its twin, whose every chunk takes longer, gets a few.
     """
     at_once = chunked(body.data, kind=body.kind)
-    step = 1 if chat is SYNC else 9
+    step = 1 if chat is SYNC else 7
     pieces = chunked(*cut(body.data, range(0, len(body.data), step)), kind=body.kind)
     with serve(in_turn(pieces, at_once)) as server:
         for how in ("stream", "stream", "generate"):
@@ -5512,7 +5518,7 @@ async def test_close_in_the_wait_for_a_retry_sends_no_request(chat):
 @pytest.mark.life
 async def test_a_client_that_is_closed_sends_no_request(chat):
     """Before a call, or in its wait for a retry: that is an error of ours."""
-    again = refuse(503, "Retry-After: 0.4")
+    again = refuse(503, "Retry-After: 0.25")
     with serve(in_turn(again, GOOD)) as server:
         client = chat.client(base_url=server.url, max_retries=1)
         stream = client.stream("hi")
