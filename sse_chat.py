@@ -5044,7 +5044,7 @@ class _Conversation:
         except OSError as error:
             raise _FileError(f"{self.name}: {error.strerror}") from None
         if os.path.exists(path):
-            raise _FileError(f"{self.name} is not a file")
+            raise _FileError(f"{self.name} is not a regular file")
         if not os.path.isdir(os.path.dirname(path)):
             raise _FileError(f"{self.name} is in a directory that does not exist")
         return b""
