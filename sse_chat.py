@@ -2647,6 +2647,10 @@ def _find_api_key(options: Json, source: _ClientSource) -> str:
     return (api_key or "").strip()
 
 
+def _find_model(options: Json) -> str | None:
+    return options.get("model") or os.environ.get("OPENAI_MODEL", "").strip() or None
+
+
 def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Response:
     """Return a copy without the request, which holds the key."""
     framing = (b"content-encoding", b"content-length", b"transfer-encoding")
@@ -2778,9 +2782,8 @@ def _chat_request(
     request = _Request("POST", "/chat/completions", options, source)
     if not is_stream:
         request.headers["accept"] = "application/json"
-    model = options.get("model") or os.environ.get("OPENAI_MODEL", "").strip()
     body: Json = {
-        "model": model or None,
+        "model": _find_model(options),
         "messages": _check_messages(messages, options.get("system")),
         "stream": is_stream,
     }
@@ -3115,8 +3118,10 @@ class _ChatEvents(SSEDecoder):
         lines = self._json_lines
         if lines or line[:1] in (b"{", b"["):
             lines += line + b"\n"
-            # Pretty-printed JSON ends with the next line that is not indented.
-            is_last = line[:1] in (b"{", b"[", b"}", b"]") and line[-1:] in (b"}", b"]")
+            # Pretty-printed JSON ends with the next line that is not indented, and
+            # closes what the first one opened: Gemini sends "[{", …, "}" and "]".
+            end = b"]" if lines[:1] == b"[" else b"}"
+            is_last = line[:1] in (b"{", b"[", b"}", b"]") and line[-1:] == end
             if is_last or len(lines) > self._MAX_LINES_BYTES:
                 data = bytes(lines.strip())
                 lines.clear()
@@ -3187,7 +3192,8 @@ def _is_completion(payload: Any) -> bool:
         return False
     choices = _dicts(payload.get("choices"))
     return bool(choices) and all(
-        type(choice.get("message")) is dict or _find_finish_reason(choice)
+        type(choice.get("message")) is dict
+        or (_find_finish_reason(choice) and not choice.get("delta"))
         for choice in choices
     )
 
@@ -3950,8 +3956,8 @@ class _AnswerMixin:
     _reader: _AnswerReader
 
     def _check_end(self) -> None:
-        # The generator has ended. If anything but an APIError ended it, only marking
-        # the stream as closed keeps the answer from looking whole.
+        # The generator has ended. If anything but an APIError ended it (Ctrl-C), the
+        # answer was stopped here: the verdict must not say that the server cut it off.
         self._reader.control.close()
         self._reader.check()
 
@@ -4086,11 +4092,11 @@ _MIN_FAILURE_WAIT = 0.1  # seconds from the second failure on, whatever the serv
 
 def _check_wait(name: str, value: Any) -> float:
     """Return a number of seconds to wait. Raises TypeError, ValueError."""
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number of seconds, got {value!r}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected seconds from 0 on, got {value!r}")
-    return float(value)
+    return float(min(value, _MAX_SECONDS))
 
 
 # The exceptions of httpx for a request that it cannot send at all.
@@ -4384,10 +4390,13 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
                     return
                 async with aclosing(response):
                     source = plan.begin(response)
-                    if source is None:
+                    # An interrupt is lost where the wait ends at the same moment.
+                    if source is None or control.is_closed:
                         return
                     events = aiter(source)
                     while event := await _anext_event(events, control):
+                        if control.is_closed:
+                            return
                         plan.had_event()
                         yield event
             except Exception as error:
@@ -4607,6 +4616,7 @@ class _Client:
         own = {
             "base_url": _find_base_url(options),
             "api_key": _find_api_key(options, self._source),
+            "model": _find_model(options),
         }
         self._options: Json = options | own
         # This request is never sent. It raises here if an option cannot be used.
@@ -5207,7 +5217,7 @@ def _curl(request: Any) -> str:
     fields = []
     for pair in query.split("&"):
         name, equals, value = pair.partition("=")
-        fields.append(f"{name}{equals}{_shell_text(value, name)}")
+        fields.append(f"{_shell_text(name)}{equals}{_shell_text(value, name)}")
     url = _shell_text(url) + mark + "&".join(fields)
     lines = ["curl -N"]
     for name, value in request.headers.items():
@@ -5236,7 +5246,7 @@ def _read_line() -> tuple[str, str]:
     if text.startswith('"""'):
         while text.count('"""') < 2:
             text += "\n" + input("... ")
-        text = text[3:].removesuffix('"""')
+        text = text[3:].rstrip().removesuffix('"""')
     return "", text.strip()
 
 
