@@ -4911,7 +4911,7 @@ def threads(monkeypatch):
 
 @functools.cache
 def program_file():
-    """The bytecode of the module, made once for all processes; its source for coverage."""
+    """The bytecode of the module, for all processes; under coverage its source."""
     source = Path(sse_chat.__file__)
     if "coverage" in sys.modules:
         return source
