@@ -5100,6 +5100,7 @@ def check_program(name, module):
 @functools.cache
 def ends_of_programs():
     """All of them, which ran at the same time, since they wait a lot."""
+    program_file()  # made here, not by each of them
     cases = [(name, "httpx") for name in PROGRAMS] + [("cycles", "httpx2")]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         return {case: pool.submit(check_program, *case) for case in cases}
@@ -7738,6 +7739,7 @@ def ends_of_processes():
         options = {"stdin": "好".encode(), "wrap": ["sh", "-c", script, "sh"]}
         return run(*to(server), option, "你 end", **options)
 
+    program_file()  # made here, not by each of them
     with serve(listed("m")) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
         return dict(zip(PROCESSES, pool.map(end, PROCESSES), strict=True))
 
