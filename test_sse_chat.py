@@ -4559,7 +4559,8 @@ def test_streams_over_few_connections(chat, anyio_backend, name):
     """The rules reach each kind of end."""
     seen = collections.Counter()
     machine = functools.partial(Streams, chat, anyio_backend, needs(name), seen)
-    unshrunk = settings(examples(0.15), phases=[Phase.generate])
+    runs = max(15, examples(0.15).max_examples)  # fewer do not reach all
+    unshrunk = settings(max_examples=runs, phases=[Phase.generate])
     stateful.run_state_machine_as_test(machine, settings=unshrunk)
     reached = "whole", "cut off", "error", "close while it is read", "drop while open"
     assert all(seen[name] for name in reached)
@@ -4935,12 +4936,14 @@ def threads(monkeypatch):
 
 
 @functools.cache
-def bytecode_folder():
-    """A folder with the bytecode of the module, which no process compiles again."""
+def program_file():
+    """The bytecode of the module, for all processes; under coverage its source."""
+    source = Path(sse_chat.__file__)
+    if "coverage" in sys.modules:
+        return source
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    py_compile.compile(sse_chat.__file__, folder / "sse_chat.pyc", doraise=True)
-    return folder
+    return Path(py_compile.compile(source, folder / "sse_chat.pyc", doraise=True))
 
 
 # Errors kept in the frames of their loops, and streams dropped unfinished, while the
@@ -5086,7 +5089,7 @@ import sse_chat
 """
     command = [sys.executable, "-W", "ignore", "-c", begin + text, url]
     options = {"capture_output": True, "text": True, "timeout": PATIENCE}
-    options |= {"cwd": bytecode_folder(), "env": os.environ | env}
+    options |= {"cwd": program_file().parent, "env": os.environ | env}
     done = subprocess.run(command, **options)
     assert done.stderr == ""
     return done.stdout
@@ -5123,6 +5126,7 @@ def check_program(name, module):
 @functools.cache
 def ends_of_programs():
     """All of them, which ran at the same time, since they wait a lot."""
+    program_file()  # made here, not by each of them
     cases = [(name, "httpx") for name in PROGRAMS] + [("cycles", "httpx2")]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
         return {case: pool.submit(check_program, *case) for case in cases}
@@ -7472,7 +7476,7 @@ generate("hi")
 
 def test_only_asking_needs_httpx():
     command = [sys.executable, "-c", NO_HTTPX]
-    options = {"capture_output": True, "text": True, "cwd": bytecode_folder()}
+    options = {"capture_output": True, "text": True, "cwd": program_file().parent}
     done = subprocess.run(command, **options)
     assert done.stdout == "2 x\n"
     assert done.returncode == 1
@@ -7525,8 +7529,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @contextlib.contextmanager
 def started(*args: Any, wrap: Any = (), **env: str) -> Iterator[Any]:
     """The program while it runs, in pipes; `wrap` is what to run it with."""
-    program = bytecode_folder() / "sse_chat.pyc"
-    command = [*wrap, sys.executable, program, *args]
+    command = [*wrap, sys.executable, program_file(), *args]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     env = os.environ | {"NO_COLOR": "", "PYTHONUNBUFFERED": ""} | env
     with subprocess.Popen(command, env=env, start_new_session=True, **pipes) as process:
@@ -7927,6 +7930,7 @@ def ends_of_processes():
         options = {"stdin": "好".encode(), "wrap": ["sh", "-c", script, "sh"]}
         return run(*to(server), option, "你 end", **options)
 
+    program_file()  # made here, not by each of them
     with serve(listed("m")) as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
         return dict(zip(PROCESSES, pool.map(end, PROCESSES), strict=True))
 
