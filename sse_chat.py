@@ -281,6 +281,7 @@ class SSEDecoder:
         self._data: list[bytes] = []
         self._event = ""
         self._id = ""  # becomes last_event_id at the blank line, not before
+        # Not of one block alone: a block without data leaves it to the next event.
         self._retry: int | None = None
 
         # Set at the limit, for good: after a lost event the rest is not the stream.
@@ -345,7 +346,7 @@ class SSEDecoder:
                     events.append(_new_event((name, text, id, self._retry)))
                     data.clear()
                     self._retry = None
-                # Without data there is no event; but the id counts all the same.
+                # Without data there is no event; but id and retry count all the same.
                 self.last_event_id = id
                 event = ""
                 size = 0
@@ -574,7 +575,7 @@ def _repair_strings(value: Any) -> Any:
 def _converter(hint: Any) -> Callable[[Any], Any]:
     """Return the function that converts a JSON value; it returns None if it cannot."""
     if hint in (int, float):
-        # A number of a wrong type is kept: the default would be a wrong number.
+        # Whatever came is kept: the default, 0, would be a wrong number.
         return lambda sent: sent
     args = typing.get_args(hint)
     if type(None) in args:  # X | None
@@ -610,6 +611,8 @@ def _holds_models(value: Any, sent: Any) -> bool:
     """Tell whether a value is one of our types, or a list of them.
 
     A list that lacks an item, since that was no object, stays as the server sent it.
+    So does a value that was found in another place (Kimi's usage): nothing was `sent`
+    in this one.
     """
     if isinstance(value, list):
         is_complete = isinstance(sent, list) and len(sent) == len(value)
@@ -621,9 +624,10 @@ class _Model:
     """The base of the chat types.
 
     `raw` is the JSON object that the server sent. It is None for a value made by hand,
-    and for a delta of nothing but text and a role, whose fields are all of it. `extra`
-    is the part of it that has no field here, None if there is none. Neither is a
-    dataclass field: values are compared without them.
+    and where the fields are all of it: in a delta of nothing but text and a role, and
+    in a piece of a function that is nothing but arguments. `extra` is the part of it
+    that has no field here, None if there is none. Neither is a dataclass field: values
+    are compared without them.
     """
 
     # Micro-optimization: the base is not a dataclass, so that constructors do not set
@@ -635,8 +639,9 @@ class _Model:
     def from_dict(cls, d: Json) -> Self:
         """Build the object from JSON. Never raises.
 
-        A field that is missing, null or of a wrong type has its default; but numbers
-        are kept as they came, and so are the strings of a chunk and of an answer.
+        A field that is missing, null or of a wrong type has its default. But a number
+        whose default is 0 is whatever came, and so are `id`, `model` and the other
+        texts that stand beside the `choices`.
         """
         model = cls()
         model.raw = d
@@ -746,9 +751,12 @@ class _Message(_Model):
             message.content = _text(content)
         message.reasoning_content = _find_reasoning(d)
         if message.extra is not None:
-            names = ("reasoning", "reasoning_text")  # in reasoning_content now
-            extra = {k: v for k, v in message.extra.items() if k not in names}
-            message.extra = extra or None
+            # Their texts are in reasoning_content now.
+            for name in ("reasoning", "reasoning_text"):
+                reasoning = message.extra.get(name)
+                if not reasoning or isinstance(reasoning, str):
+                    message.extra.pop(name, None)
+            message.extra = message.extra or None
         return message  # type: ignore[no-any-return]
 
     def _sent_names(self, name: str) -> list[str]:
@@ -1370,7 +1378,7 @@ def _excerpt(text: str, length: int) -> str:
 def _page_title(page: str) -> str:
     """Return the title of a page of HTML, else the beginning of its text."""
     found = re.search(r"(?is)<title[^>]{0,200}>(.{1,400}?)</title", page[:20_000])
-    if found:
+    if found and found[1].strip():
         return found[1]
     return re.sub(r"(?s)<[^>]{0,1000}>", " ", page[:2000])
 
@@ -1654,7 +1662,8 @@ class _ToolCallBuilder:
             return self.id in ("", piece.id)
         data = _to_bytes(text or "")
         if len(data) >= len(self.text) and data.startswith(bytes(self.text)):
-            return True
+            # Two functions may be called with the same arguments.
+            return _to_bytes(name) == self.name or not _is_json_object(self.text)
         if not self._checks_left:
             return True
         self._checks_left -= 1
@@ -1708,8 +1717,8 @@ class _ToolCalls:
     |-----------------------------------------------------|---------------------------|
     | has a name and another id, and that call has a name | a new call                |
     | has a name and no id, and that call has a name and  | a new call                |
-    |   complete arguments, which the piece does not      |                           |
-    |   repeat and extend                                 |                           |
+    |   complete arguments, unless the piece has the same |                           |
+    |   name and begins with these arguments              |                           |
     """
 
     def __init__(self) -> None:
@@ -1768,6 +1777,10 @@ class _ToolCalls:
         return [call.to_dict(mend) for call in calls]
 
 
+def _message_text(message: Json) -> bytes:
+    return _to_bytes(_repair_surrogates(_text(message.get("content"))))
+
+
 class _ChoiceBuilder:
     """One choice while its deltas arrive."""
 
@@ -1814,7 +1827,7 @@ class _ChoiceBuilder:
             if message.get("tool_calls"):
                 self._tool_calls = None
             self._add_delta(ChoiceDelta.from_dict(message))
-            rest = _to_bytes(_text(message.get("content")))[length:]
+            rest = _message_text(message)[length:]
             choice.delta = ChoiceDelta(rest.decode("utf-8", "surrogatepass") or None)
         else:
             self._has_message_deltas = True
@@ -1824,15 +1837,12 @@ class _ChoiceBuilder:
         """Tell whether a message is the whole of what its deltas have brought."""
         if not isinstance(message, dict) or self._has_message_deltas:
             return False
-        text = _to_bytes(_text(message.get("content")))
-        return self._has_begun and text.startswith(self._text_so_far())
+        is_continued = _message_text(message).startswith(self._text_so_far())
+        return self._has_begun and is_continued
 
     def _text_so_far(self) -> bytes:
         """Return the text of the deltas, also where they sent it in parts."""
-        content = self._message["content"]
-        if isinstance(content, bytearray):
-            return bytes(content)
-        return _to_bytes(_text(_clean_copy(content)))
+        return _to_bytes(_text(_clean_copy(self._message["content"])))
 
     def _add_delta(self, delta: ChoiceDelta) -> None:
         message, raw = self._message, delta.raw
@@ -1886,7 +1896,7 @@ class _ChoiceBuilder:
 
     @property
     def failure(self) -> str:
-        """The finish_reason that reports a failure, "" for none."""
+        """The last finish_reason if it is a failure or "not finished", else ""."""
         reason = self.last_reason
         if _is_failure(reason) or _normalise_reason(reason) in _UNFINISHED:
             return reason
@@ -1953,7 +1963,7 @@ class ChatAccumulator:
 
     @property
     def failure(self) -> str:
-        """The finish_reason of a choice that failed, "" for none."""
+        """The finish_reason of a choice that failed or is not finished, else ""."""
         reasons = [choice.failure for choice in self._choices.values()]
         return self._failure or next(filter(None, reasons), "")
 
@@ -2640,9 +2650,12 @@ def _find_base_url(options: Json) -> str:
 
 
 def _find_api_key(options: Json, source: _ClientSource) -> str:
-    """Return the key; OPENAI_API_KEY is not used if the caller's client has a key."""
+    """Return the key; that of the environment is not sent beside another one."""
     api_key = options.get("api_key")
-    if api_key is None and "authorization" not in source.headers:
+    names = {
+        name.lower() for name in (*source.headers, *(options.get("headers") or ()))
+    }
+    if api_key is None and names.isdisjoint(("authorization", "api-key", "x-api-key")):
         api_key = os.environ.get("OPENAI_API_KEY")
     return (api_key or "").strip()
 
@@ -2659,7 +2672,9 @@ def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Res
         for name, value in response.headers.raw
         if name.lower() not in framing
     ]
-    return type(response)(response.status_code, headers=headers, content=content)
+    copy = type(response)(response.status_code, headers=headers, content=content)
+    copy.encoding = "utf-8"  # that of the content now, whatever the headers say
+    return copy
 
 
 class _Request:
@@ -2706,10 +2721,14 @@ class _Request:
             content=self.content,
             timeout=timeout,
         )
-        # A caller's client adds its own headers to the request.
-        self.secrets.add(request.headers, str(request.url))
-        self.has_secret = any(map(_Secrets.is_secret_name, request.headers))
+        self.add_secrets(request)
         return request
+
+    def add_secrets(self, request: Request) -> None:
+        """Add what a caller's client has put in: headers, and when sent, its login."""
+        self.secrets.add(request.headers, str(request.url))
+        names = [*request.headers, *request.url.params]
+        self.has_secret = any(map(_Secrets.is_secret_name, names))
 
     def wait_after(self, error: APIError, time_left: float | None) -> float | None:
         """Return the seconds to wait before sending it again, None for not at all."""
@@ -2747,10 +2766,13 @@ class _Request:
 
     def status_error(self, response: Response, body: bytes) -> APIStatusError:
         """Return the error of a status that is not a success."""
-        text = body.decode("utf-8", "replace").strip() or response.reason_phrase
-        text = self.secrets.redact(text)
+        text = self.secrets.redact(body.decode("utf-8", "replace").strip())
         status = response.status_code
-        error = APIStatusError(*_server_error_fields(text))
+        if text:
+            error = APIStatusError(*_server_error_fields(text))
+        else:
+            reason = self.secrets.redact(response.reason_phrase)
+            error = APIStatusError(reason or "(no message)")
         error.status_code = status
         error.retry_after = _parse_retry_after(response.headers, time.time())
         # 409: OpenAI reports a lock so, and its SDK asks again, too.
@@ -2763,7 +2785,14 @@ class _Request:
     def _status_advice(self, response: Response) -> str:
         status = response.status_code
         if response.has_redirect_location:
-            target = self.secrets.redact(_public_url(response.headers["location"]))
+            from urllib.parse import urljoin
+
+            target = response.headers["location"]
+            with suppress(ValueError):
+                target = urljoin(self.url, target)
+            target = self.secrets.redact(_public_url(target))
+            if self.method == "GET":  # a base_url may end in the path of a chat alone
+                target = target.removesuffix("/models")
             return f"redirects are not followed with the key: set base_url to {target}"
         if status in (401, 403) and not self.has_secret:
             return "no key was sent: give api_key, or set OPENAI_API_KEY"
@@ -3661,6 +3690,7 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
     try:
         built = request.build(client, reader.deadline.left)
         response: Response = client.send(built, stream=True, follow_redirects=False)
+        request.add_secrets(built)
         reader.control.begin(response)
         if response.is_success:
             _set_read_timeout(built, request.timeout[1])
@@ -3685,6 +3715,7 @@ async def _aattempt(
         response: Response = await client.send(
             built, stream=True, follow_redirects=False
         )
+        request.add_secrets(built)
         reader.control.begin(response)
         if response.is_success:
             return response

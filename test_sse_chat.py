@@ -3453,6 +3453,15 @@ def test_the_input_of_a_custom_tool_is_joined():
     ]
 
 
+@pytest.mark.parametrize("arguments", ["{}", '{"city": "Oslo"}'])
+def test_two_functions_may_be_called_with_the_same_arguments(arguments):
+    """Without an id; the same name again is the same call again."""
+    sent = [{"function": {"name": n, "arguments": arguments}} for n in ("f", "g", "g")]
+    message = joined([[piece] for piece in sent], "tool_calls").choices[0].message
+    names = [call.function.name for call in message.tool_calls]
+    assert names == ["f", "g"]
+
+
 def test_a_custom_tool_keeps_what_else_its_server_sends():
     sent = [{"index": 0, "custom": {"name": "run", "input": "hi", "format": "text"}}]
     message = joined([sent], "tool_calls").choices[0].message
@@ -6184,6 +6193,9 @@ def answer_of(*parts, headers="", **more):
 
 EVENT = b"data: x\n\n"
 X = answer_of(EVENT)
+X_OF_MOCK = httpx.Response(
+    200, headers={"content-type": "text/event-stream"}, content=EVENT
+)
 END = answer_of(status="204 No Content")
 
 
@@ -6883,7 +6895,7 @@ REFUSED = [  # options, the error, and what it says
     ({"headers": {"X\0": "a"}}, ValueError, "header"),
     *(({"headers": {odd: "a"}}, ValueError, "its name") for odd in ("x y", "x(y", "")),
     *(({"headers": {odd: "a"}}, TypeError, "header") for odd in (1, None)),
-    ({"timeout": True}, TypeError, "timeout"),
+    *(({name: True}, TypeError, name) for name in NUMBERS),
     ({"headers": {"X": "ä"}}, ValueError, "."),
     ({"json": {1j}}, TypeError, "."),
     ({"jsno": {}}, TypeError, "jsno"),
@@ -7179,6 +7191,58 @@ def test_closing_before_the_headers_ends_the_stream_once_they_are_there(redirect
         assert (reader.is_alive(), got, len(server.heads)) == (False, [], 1)
 
 
+class Gate(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
+    """Answers, or sends the first event, when it is opened; then nothing."""
+
+    def __init__(self, where):
+        self.where = where
+        self.reached, self.opened = anyio.Event(), anyio.Event()
+
+    async def wait(self, where):
+        if where == self.where:
+            self.reached.set()
+            await self.opened.wait()
+
+    async def handle_async_request(self, request):
+        await self.wait("headers")
+        head = {"content-type": "text/event-stream"}
+        return httpx.Response(200, headers=head, stream=self)
+
+    async def __aiter__(self):
+        await self.wait("event")
+        yield EVENT
+        await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("where", ["headers", "event"])
+async def test_closing_at_the_moment_of_an_event_ends_the_stream(anyio_backend, where):
+    gate, got = Gate(where), []
+    async with httpx.AsyncClient(transport=gate, verify=NO_TLS) as own:
+        source = sse_chat.alisten("http://h/", client=own)
+
+        async def read():
+            got.extend([event async for event in source])
+
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(read)
+                await gate.reached.wait()
+                gate.opened.set()
+                await source.aclose()
+    assert got == []
+
+
+def test_long_waits_are_cut_to_what_clocks_take():
+    plan = functools.partial(sse_chat.listen, "http://h/", max_retry=1e10)
+    with (
+        httpx.Client(transport=httpx.MockTransport(lambda r: X_OF_MOCK)) as own,
+        plan(client=own, retry=1e10) as source,
+    ):
+        assert next(source) == as_event("x")
+        threading.Timer(0.1, source.close).start()
+        assert list(source) == []
+
+
 async def closed_from_a_thread(chat, source, waits, portal):
     """Close a source that waits for an event; give the seconds until its end."""
     close = source.twin.close if chat is SYNC else source.aclose
@@ -7397,6 +7461,126 @@ async def test_a_hook_that_takes_the_body_of_an_error_leaves_its_status(chat):
         async with own_client(chat, event_hooks=hooks) as own:
             error = (await ask(chat, server.url, client=own)).error
     assert (type(error), error.status_code) == (Status, 400)
+
+
+def test_a_whole_message_replaces_halves_of_a_pair():
+    halves = [with_text(rb"hi \ud83d"), with_text(rb"\ude42")]
+    answer = chunks_in(*halves, message_event({"content": "hi 🙂"}, "stop"))
+    assert (answer.error, answer.completion.text) == (None, "hi 🙂")
+
+
+def test_reasoning_that_is_no_text_is_not_lost():
+    chunk = chunk_of({"content": "hi", "reasoning": {"text": "hm"}})
+    assert chunk.choices[0].delta.extra == {"reasoning": {"text": "hm"}}
+    assert accumulate([chunk]).choices[0].message.extra["reasoning"]["text"] == "hm"
+
+
+@pytest.mark.parametrize("status", [200, 401], ids="status {}".format)
+async def test_the_login_of_a_client_is_a_secret(chat, status):
+    basic = base64.b64encode(b"user:canary-12345").decode()
+
+    def answer(request):
+        told = json.dumps({"error": {"message": request.headers["authorization"]}})
+        if status == 200:
+            return httpx.Response(200, text=f"data: {told}\n\n")
+        return httpx.Response(status, text=told)
+
+    transport, login = httpx.MockTransport(answer), ("user", "canary-12345")
+    async with own_client(chat, transport=transport, auth=login) as own:
+        error = (await ask(chat, AT, client=own, max_retries=0)).error
+    assert basic not in everything(error)
+    assert "no key" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["api-key", "X-API-Key", "Authorization"])
+@pytest.mark.parametrize("place", ["client", "call"])
+async def test_the_key_of_the_environment_goes_beside_no_other(
+    chat, monkeypatch, name, place
+):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    sent = []
+
+    def answer(request):
+        sent.append(request.headers)
+        return httpx.Response(200, json=json.loads(JSON))
+
+    of_client = {"headers": {name: "mine"}} if place == "client" else {}
+    of_call = {"headers": {name: "mine"}} if place == "call" else {}
+    transport = httpx.MockTransport(answer)
+    async with own_client(chat, transport=transport, **of_client) as own:
+        await ask(chat, AT, client=own, **of_call)
+    assert sent[0][name] == "mine"
+    assert CANARY not in str(sent[0].raw)
+
+
+def test_an_error_without_a_body_has_none():
+    with serve(http(status="404 Not Here")) as server:
+        error = ask_sync(server.url).error
+    assert (error.message, error.body, error.response.content) == (
+        "Not Here",
+        None,
+        b"",
+    )
+
+
+def test_the_body_of_an_error_can_be_read_whatever_its_charset():
+    kind = "text/plain; charset=iso-8859-1"
+    with serve(http("é".encode(), status="400 No", kind=kind)) as server:
+        assert ask_sync(server.url).error.response.text == "é"
+
+
+@pytest.mark.parametrize("how", ["generate", "models"])
+@pytest.mark.parametrize("host", ["http://other.example", ""], ids=["away", "here"])
+def test_the_advice_of_a_redirect_can_be_followed(how, host):
+    path = {"generate": "/v1/chat/completions", "models": "/v1/models"}[how]
+    away = {"location": f"{host}{path}"}
+    transport = httpx.MockTransport(lambda request: httpx.Response(301, headers=away))
+    with httpx.Client(transport=transport) as own:
+        error = ask_sync("http://h/old", client=own, how=how).error
+    base_url = error.advice.rpartition(" ")[2]
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx.Response(
+            200, json=json.loads(JSON if how == "generate" else MODELS)
+        )
+
+    with httpx.Client(transport=httpx.MockTransport(answer)) as own:
+        ask_sync(base_url, client=own, how=how)
+    assert asked == [f"{host or 'http://h'}{path}"]
+
+
+def test_a_client_reads_the_environment_once(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(json.loads(request.content)["model"])
+        return httpx.Response(200, json=json.loads(JSON))
+
+    monkeypatch.setenv("OPENAI_MODEL", "first")
+    with httpx.Client(transport=httpx.MockTransport(answer)) as own:
+        client = sse_chat.ChatClient(client=own)
+        client.generate("hi")
+        monkeypatch.setenv("OPENAI_MODEL", "second")
+        client.generate("hi")
+        client.generate("hi", model="third")
+    assert asked == ["first", "first", "third"]
+
+
+def test_a_chunk_as_json_is_no_whole_answer():
+    """Its text would go with the delta, which Perplexity sends beside a message."""
+    answer = chunks_in(json.dumps(said({"content": "Hello"}, "stop")).encode())
+    assert (type(answer.error), "Hello" in answer.error.body) == (Invalid, True)
+
+
+@pytest.mark.parametrize("indent", [None, 1, 2])
+@pytest.mark.parametrize("end", ["}]", "}\n]"], ids=["on one line", "on two"])
+def test_a_list_of_an_error_on_lines_of_its_own_is_an_error(indent, end):
+    text = f"[{json.dumps({'error': {'message': TOLD}}, indent=indent)[:-1]}{end}\n"
+    for before in (BEGUN, [*BEGUN, STOPPED]):
+        error = chunks_in(*before, text.encode()).error
+        assert (type(error), error.message) == (APIError, TOLD)
 
 
 def test_audio_is_a_token():
@@ -8028,6 +8212,7 @@ DRY = {
     "login": ("me:hush%20hush@", "", [], {"AUTHORIZATION": "Basic bWU6aHVzaCBodXNo"}),
     "query": ("", "?v=1&sub-key=sk-hidden&w=$x", [], {"SUB_KEY": "sk-hidden"}),
     "signature": ("", "?v=1&sig=sk-hidden", [], {"SIG": "sk-hidden"}),
+    "a command in a name": ("", "?a$(id)=1", [], {}),
     "headers": ("", "", ["-o", f"headers={json.dumps(OF_A_CALL)}"], HIDDEN),
     "large": ("", "", ["-s", 100_000 * "好"], {}),
 }
