@@ -2652,9 +2652,8 @@ def _find_base_url(options: Json) -> str:
 def _find_api_key(options: Json, source: _ClientSource) -> str:
     """Return the key; that of the environment is not sent beside another one."""
     api_key = options.get("api_key")
-    names = {
-        name.lower() for name in (*source.headers, *(options.get("headers") or ()))
-    }
+    headers = (*source.headers, *(options.get("headers") or ()))
+    names = {str(name).lower() for name in headers}
     if api_key is None and names.isdisjoint(("authorization", "api-key", "x-api-key")):
         api_key = os.environ.get("OPENAI_API_KEY")
     return (api_key or "").strip()
