@@ -236,7 +236,7 @@ class SSELineDecoder:
             pending += data
             return []
 
-        if len(lines) > 1 and pending:
+        if pending:
             pending += lines[0]
             lines[0] = bytes(pending)
             pending.clear()
@@ -857,7 +857,7 @@ class ChoiceDeltaToolCall(_Model):
         function = d.get("function")
         if type(function) is dict and len(function) == 1:
             arguments = function.get("arguments")
-            if type(arguments) is str and len(d) == 2 and "index" in d:
+            if type(arguments) is str and len(d) == 2 and type(d.get("index")) is int:
                 piece = cls(d["index"], None, ChoiceDeltaToolCallFunction(arguments))
                 piece.raw = d
                 return piece
@@ -1394,7 +1394,8 @@ def _error_text(error: Any, depth: int = 4) -> str:
             if error.get(name):
                 return _error_text(error[name], depth - 1)
     if isinstance(error, list) and depth:
-        return "; ".join(_error_text(item, depth - 1) for item in error[:10])
+        texts = [_error_text(item, depth - 1) for item in error[:10]]
+        return _excerpt("; ".join(texts), _ERROR_EXCERPT)
     if not isinstance(error, str):
         return _excerpt(json.dumps(error, ensure_ascii=False), _ERROR_EXCERPT)
     text = error.strip()
@@ -1826,8 +1827,11 @@ class _ChoiceBuilder:
                     self._message[name] = None
             if message.get("tool_calls"):
                 self._tool_calls = None
+            reason = self.finish_reason
             self._add_delta(ChoiceDelta.from_dict(message))
             rest = _message_text(message)[length:]
+            if not rest:  # a repetition is no output that could be cut off
+                self.finish_reason = reason
             choice.delta = ChoiceDelta(rest.decode("utf-8", "surrogatepass") or None)
         else:
             self._has_message_deltas = True
@@ -2213,8 +2217,9 @@ class _Secrets:
 def _escaped_pattern(secret: str) -> re.Pattern[str]:
     """Return a pattern of a secret in JSON, each of whose characters may be escaped.
 
-    It begins with a backslash or the first character itself: the search skips all other
-    places, and stays linear.
+    Up to three backslashes: JSON in a text of JSON. Each way to begin has a fixed first
+    character, not a repetition: the search then skips all other places, and is linear
+    but for secrets with many backslashes in a row.
     """
     ways = [rf"(?:\\{{0,3}}{re.escape(c)}|\\{{1,3}}u{_code(c)})" for c in secret[1:]]
     first = secret[0]
@@ -2224,8 +2229,9 @@ def _escaped_pattern(secret: str) -> re.Pattern[str]:
 
 
 def _code(character: str) -> str:
-    """Return a pattern of the code of a character, in small or capital digits."""
-    return f"(?i:{ord(character):04x})"
+    """Return a pattern of a character's code, which has two parts beyond U+FFFF."""
+    codes = re.findall("....", character.encode("utf-16-be", "surrogatepass").hex())
+    return r"\\{1,3}u".join(f"(?i:{code})" for code in codes)
 
 
 class _Retries:
@@ -2299,9 +2305,11 @@ def _parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
         seconds = float(text)
         return seconds if 0 <= seconds < math.inf else None
     with suppress(ValueError, TypeError, OverflowError):
+        from calendar import timegm
         from email.utils import parsedate_to_datetime
 
-        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+        # A date without a zone is GMT (RFC 9110, section 5.6.7), not local time.
+        return max(0.0, timegm(parsedate_to_datetime(text).utctimetuple()) - now)
     return None
 
 
@@ -2376,9 +2384,9 @@ def _check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return checked
 
 
-def _request_headers(api_key: str, login: str) -> dict[str, str]:
+def _request_headers(accept: str, api_key: str, login: str) -> dict[str, str]:
     headers = {
-        "accept": "text/event-stream",
+        "accept": accept,
         "accept-encoding": "identity",  # see _Unpacker; small events pack badly anyway
         "content-type": "application/json",
         "user-agent": f"sse_chat/{__version__}",
@@ -2430,6 +2438,8 @@ def _message_to_json(value: Any) -> Any:
         if message.get("tool_calls") == []:  # OpenAI refuses an empty list
             del message["tool_calls"]
         return message
+    if isinstance(value, Mapping):
+        return dict(value)
     raise TypeError(f"{type(value).__name__} cannot go into a request")
 
 
@@ -2597,6 +2607,11 @@ class _ClientSource:
     def __init__(self, kind: str, client: Any = None, is_kept: bool = False) -> None:
         _check_client(kind, client)
         self.headers: Mapping[str, str] = getattr(client, "headers", {})
+        # Read once: later changes do not affect a client that is kept.
+        self.environment = {
+            name: os.environ.get(f"OPENAI_{name}", "").strip()
+            for name in ("API_KEY", "BASE_URL", "MODEL")
+        }
         # Whether a connection may have been kept from an earlier answer: it may be dead
         # when it is used again. Of a caller's client we must assume so.
         self.keeps_connections = client is not None
@@ -2643,24 +2658,29 @@ class _ClientSource:
         return [self._clients[home] for home in homes if home in self._clients]
 
 
-def _find_base_url(options: Json) -> str:
+def _find_base_url(options: Json, source: _ClientSource) -> str:
     """Return the base URL of the options, else of the environment, else Ollama's."""
-    base_url = options.get("base_url") or os.environ.get("OPENAI_BASE_URL") or ""
-    return base_url.strip() or DEFAULT_BASE_URL
+    base_url = (options.get("base_url") or "").strip()
+    return base_url or source.environment["BASE_URL"] or DEFAULT_BASE_URL
 
 
 def _find_api_key(options: Json, source: _ClientSource) -> str:
-    """Return the key; that of the environment is not sent beside another one."""
+    """Return the key; that of the environment is not sent beside one in a header."""
     api_key = options.get("api_key")
     headers = (*source.headers, *(options.get("headers") or ()))
-    names = {str(name).lower() for name in headers}
-    if api_key is None and names.isdisjoint(("authorization", "api-key", "x-api-key")):
-        api_key = os.environ.get("OPENAI_API_KEY")
+    if api_key is None and not any(map(_holds_key, headers)):
+        api_key = source.environment["API_KEY"]
     return (api_key or "").strip()
 
 
-def _find_model(options: Json) -> str | None:
-    return options.get("model") or os.environ.get("OPENAI_MODEL", "").strip() or None
+def _holds_key(header: Any) -> bool:
+    """Tell whether a header of this name has a key, as OpenAI, Azure or Google want."""
+    name = str(header).lower()
+    return name == "authorization" or name.endswith("api-key")
+
+
+def _find_model(options: Json, source: _ClientSource) -> str | None:
+    return options.get("model") or source.environment["MODEL"] or None
 
 
 def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Response:
@@ -2680,14 +2700,14 @@ class _Request:
     """A request, checked: its bytes are made here, not when it is sent."""
 
     def __init__(
-        self, method: str, path: str, options: Json, source: _ClientSource
+        self, method: str, path: str, accept: str, options: Json, source: _ClientSource
     ) -> None:
         max_retries = _whole_number("max_retries", options.get("max_retries", 2), 0)
         max_bytes = options.get("max_event_bytes", DEFAULT_MAX_EVENT_BYTES)
 
         self.method = method
-        self.url, login = _parse_base_url(_find_base_url(options), path)
-        headers = _request_headers(_find_api_key(options, source), login)
+        self.url, login = _parse_base_url(_find_base_url(options, source), path)
+        headers = _request_headers(accept, _find_api_key(options, source), login)
         self.headers = _check_headers({**headers, **(options.get("headers") or {})})
         self.timeout = _check_timeout(options.get("timeout", DEFAULT_TIMEOUT))
         read_timeout = self.timeout[1]
@@ -2724,7 +2744,10 @@ class _Request:
         return request
 
     def add_secrets(self, request: Request) -> None:
-        """Add what a caller's client has put in: headers, and when sent, its login."""
+        """Add the secrets that a caller's client has put in, and note if there are any.
+
+        Called again after sending: only then is the client's login among the headers.
+        """
         self.secrets.add(request.headers, str(request.url))
         names = [*request.headers, *request.url.params]
         self.has_secret = any(map(_Secrets.is_secret_name, names))
@@ -2790,6 +2813,8 @@ class _Request:
             with suppress(ValueError):
                 target = urljoin(self.url, target)
             target = self.secrets.redact(_public_url(target))
+            if target.rstrip("/") == _public_url(self.url):
+                return "the server wants a / at the end, which no base_url gives"
             if self.method == "GET":  # a base_url may end in the path of a chat alone
                 target = target.removesuffix("/models")
             return f"redirects are not followed with the key: set base_url to {target}"
@@ -2807,11 +2832,10 @@ def _chat_request(
     for name, advice in _OPENAI_KEYWORDS.items():
         if name in options:
             raise TypeError(f"unexpected keyword {name}: {advice}")
-    request = _Request("POST", "/chat/completions", options, source)
-    if not is_stream:
-        request.headers["accept"] = "application/json"
+    accept = "text/event-stream" if is_stream else "application/json"
+    request = _Request("POST", "/chat/completions", accept, options, source)
     body: Json = {
-        "model": _find_model(options),
+        "model": _find_model(options, source),
         "messages": _check_messages(messages, options.get("system")),
         "stream": is_stream,
     }
@@ -2828,8 +2852,7 @@ def _chat_request(
 
 def _models_request(options: Json, source: _ClientSource) -> _Request:
     """Return the request of a list of models. Raises TypeError and ValueError."""
-    request = _Request("GET", "/models", options, source)
-    request.headers["accept"] = "application/json"
+    request = _Request("GET", "/models", "application/json", options, source)
     limit = request.expected.first_token_timeout
     # A list has no tokens: this limit is on the whole of it.
     request.expected.first_token_timeout = limit or MODELS_TIMEOUT
@@ -2857,9 +2880,8 @@ class _Deadline:
         if self._seconds is None:
             return None
         waited = time.monotonic() - self._started if self._started else 0.0
-        return max(
-            0.001, self._seconds - waited
-        )  # to a socket, 0 is not to wait at all
+        # Never 0: to a socket that is not to wait at all.
+        return max(0.001, self._seconds - waited)
 
     @property
     def has_passed(self) -> bool:
@@ -3382,7 +3404,11 @@ class _AnswerReader(_Reader):
             raise self._invalid("JSON that is not an answer", text)
         chunk = self._read_payload(_without_deltas(payload), text)
         if not self._accumulator.failure:
-            self._json = _clean_copy(payload)
+            try:
+                self._json = _clean_copy(payload)
+            except ValueError as error:  # too deep in a field that no chunk keeps
+                words = f"JSON that is not an answer ({error})"
+                raise self._invalid(words, text) from None
         return chunk
 
     def _read_payload(self, payload: Any, text: str) -> ChatCompletionChunk:
@@ -3519,7 +3545,10 @@ class _ModelsReader(_Reader):
     def verdict(self) -> APIError:
         limit = self._expected.first_token_timeout
         if self.deadline.has_passed or _is_timeout(self.cause):
-            return self.fail(APITimeoutError(f"no list of models within {limit:g} s"))
+            problem = f"no list of models within {limit:g} s"
+            if not self.deadline.has_passed:  # `timeout` is the shorter limit
+                problem = "the list of models was cut off: a read timed out"
+            return self.fail(APITimeoutError(problem))
         words = "it ended"
         if self.cause is not None:
             words = self._expected.redact(_exception_text(self.cause))
@@ -3818,11 +3847,11 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
 
 
 def _open_client(request: _Request, reader: _Reader, loop: Any = None) -> Any:
-    """Return the context manager of the client. Raises APIError, again and again."""
+    """Return the client, to be entered. Raises APIError; the reader keeps it."""
     try:
         return request.source.open(request, loop)
     except APIError as error:
-        reader.fail(error)  # for a stream that is asked once more
+        reader.fail(error)  # a stream that is asked once more raises it again
         raise
 
 
@@ -4003,7 +4032,7 @@ class _AnswerMixin:
 
     @property
     def response(self) -> Response | None:
-        """The httpx.Response of the latest attempt, None before its headers arrived."""
+        """The latest httpx.Response, also of an attempt that failed; else None."""
         return self._reader.control.response
 
     def _completion_with_headers(self) -> ChatCompletion:
@@ -4168,7 +4197,7 @@ class _Reconnection:
         self._max_retry = _check_wait("max_retry", max_retry)
         self._max_event_bytes = max_event_bytes
         self._on_error = on_error
-        self._failures = 0  # attempts in a row that brought no event
+        self._failures = 0  # waits since the last event, or since the start
         self._retry_after = 0.0
         self._source: EventSource | None = None
         _byte_limit(max_event_bytes)  # raises if it is not a limit
@@ -4544,8 +4573,9 @@ def stream_chat(messages: Messages, **options: Unpack[ChatOptions]) -> ChatStrea
     timeout: seconds between two reads (to connect at most 5), or an httpx.Timeout;
         None is no limit. Default 600.
     first_token_timeout: seconds until the first token, however much else arrives. Sync
-        code checks this limit only between two reads if the server sends its headers
-        byte by byte, over HTTP/2, with custom transports, and without threads.
+        code checks this limit only after the headers if the server sends those byte by
+        byte, and only between two reads over HTTP/2, with custom transports, and
+        without threads.
     max_retries: how often to ask again after a failed connection, and after the
         statuses 408, 409, 429 and 5xx: after 0.5 s doubling to 8 s, or `Retry-After`.
         Default 2. Besides, where a connection that was kept turns out to be dead, the
@@ -4642,13 +4672,7 @@ class _Client:
 
     def __init__(self, kind: str, options: Json) -> None:
         self._source = _ClientSource(kind, options.get("client"), is_kept=True)
-        # The environment is read once: changes of it do not affect this client.
-        own = {
-            "base_url": _find_base_url(options),
-            "api_key": _find_api_key(options, self._source),
-            "model": _find_model(options),
-        }
-        self._options: Json = options | own
+        self._options = options
         # This request is never sent. It raises here if an option cannot be used.
         request = _chat_request("", self._options, self._source, is_stream=True)
         self._source.make_kept(request)
