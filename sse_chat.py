@@ -1862,7 +1862,7 @@ class _ChoiceBuilder:
             else:
                 _merge(message, {"content": content})
         if delta.role and not message["role"]:
-            message["role"] = _clean_copy(delta.role, 1)
+            message["role"] = _clean_copy(delta.role)
         if delta.tool_calls:
             self._note_output(any(any(_name_and_text(p)) for p in delta.tool_calls))
             if self._tool_calls is None:
@@ -1936,7 +1936,7 @@ class ChatAccumulator:
         """
         if len(self._identity) < 3:  # Azure's first chunk has none of them
             identity = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
-            identity = {k: _clean_copy(v, 1) for k, v in identity.items() if v}
+            identity = {k: _clean_copy(v) for k, v in identity.items() if v}
             self._identity = identity | self._identity
         if chunk.usage is not None:
             usage = chunk.usage.raw or chunk.usage.to_dict()

@@ -1689,6 +1689,10 @@ SHAPES = {
         {"error": "invalid_token", "error_description": CANARY},
         (None, None, None, CANARY),
     ),
+    "an error in an error": (
+        {"error": {"error": {"message": CANARY, "code": "c", "type": "t"}}},
+        ("c", "t", None, CANARY),
+    ),
     "in no known name": (
         {"error": {"info": f"模型 {CANARY}"}},
         (None, None, None, f'{{"info": "模型 {CANARY}"}}'),
