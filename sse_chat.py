@@ -624,10 +624,10 @@ class _Model:
     """The base of the chat types.
 
     `raw` is the JSON object that the server sent. It is None for a value made by hand,
-    and where the fields are all of it: in a delta of nothing but text and a role, and
-    in a piece of a function that is nothing but arguments. `extra` is the part of it
-    that has no field here, None if there is none. Neither is a dataclass field: values
-    are compared without them.
+    and can be where the fields are all of it: in a delta of nothing but text and a
+    role, and in a piece of a function that is nothing but arguments. `extra` is the
+    part of it that has no field here, None if there is none. Neither is a dataclass
+    field: values are compared without them.
     """
 
     # Micro-optimization: the base is not a dataclass, so that constructors do not set
