@@ -3278,7 +3278,7 @@ class _AnswerReader(_Reader):
     | is not read to its end: the caller closed it      | TruncatedStreamError       |
     | a finish_reason that is a word for a failure      | TruncatedStreamError       |
     | brings no token within a time limit               | APITimeoutError            |
-    | breaks, or is silent, later than that             | TruncatedStreamError       |
+    | breaks at any time, or is silent after a token    | TruncatedStreamError       |
     | [DONE] without a choice                           | APIResponseValidationError |
     | an event that is not JSON, or over a limit        | APIResponseValidationError |
     | not an event stream and not JSON, or nothing      | APIResponseValidationError |
@@ -3815,6 +3815,7 @@ def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
         with deadline, _timer().limit(control.response, deadline.left):
             return next(reads, None)
     except Exception as error:
+        # Without a response these are the caller's own bytes, and other errors too.
         if control.response is None and not _is_transport_error(error):
             raise
         reader.cause = error
@@ -3840,6 +3841,7 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
         with deadline, control.interruptible(deadline.left):
             return await anext(reads, None)
     except Exception as error:
+        # Without a response these are the caller's own bytes, and other errors too.
         if control.response is None and not _is_transport_error(error):
             raise
         reader.cause = error
@@ -5415,7 +5417,8 @@ class _Program:
             try:
                 completion = self.client.generate(messages, **options)
             except APIError as error:
-                self.show([error.completion])
+                if error.completion.choices:
+                    self.show([error.completion])
                 raise
             self.show([completion])
             return completion

@@ -4189,6 +4189,12 @@ def test_an_empty_usage_is_none(place, none):
     assert (chunk.usage, accumulate([chunk, chunk]).usage) == (None, None)
 
 
+async def test_models_are_asked_for_over_the_callers_client(chat):
+    answer = httpx.Response(200, json=json.loads(MODELS))
+    got = await ask_mock(chat, lambda _: answer, how="models")
+    assert got.completion == ["b", "a"]
+
+
 async def test_models_as_a_bare_list(chat):
     listed = [{"id": "b", "object": "model"}, {"id": "a"}, {"object": "model"}, None]
     failed = json.dumps([{"error": {"message": TOLD}}]).encode()
@@ -8146,6 +8152,12 @@ def test_a_usage_that_is_no_number_of_tokens_is_left_out(cli, name):
         assert re.search(rf"\Asse_chat: m: {TIMES}", err)
 
 
+@pytest.mark.parametrize("how", ["", "--no-stream"], ids=["stream", "at once"])
+def test_json_shows_nothing_that_no_server_has_sent(cli, how):
+    with serve(refuse(400)) as server:
+        assert cli(*to(server), "--json", *how.split(), "hi")[:2] == (1, "")
+
+
 def test_usage_names_no_first_token_where_none_came(cli):
     with serve(http(calls([0]), *STOP)) as server:
         err = cli(*to(server), "--usage", "hi")[2]
@@ -8286,6 +8298,7 @@ http://gpu-box         http://gpu-box:80
 http://gpu-box:8080/   http://gpu-box:8080
 https://gpu-box/ollama https://gpu-box:443/ollama
 gpu-box:8080/ollama/   http://gpu-box:8080/ollama
+gpu-box:8080/box/      http://gpu-box:8080/box
 [::1]:8080             http://[::1]:8080
 [::]                   http://[::1]:11434
 ::1                    http://[::1]:11434
@@ -8645,6 +8658,15 @@ def test_demo_server_calls_a_tool_that_must_be_called():
         assert (bool(call["id"]), call["type"]) == (True, "function")
         assert call["function"] == {"name": name, "arguments": json.dumps(fits)}
         assert choice["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("tool", [WEATHER, NOW], ids=["weather", "now"])
+def test_demo_server_calls_the_tool_that_is_named(tool):
+    name = tool["function"]["name"]
+    named = {"type": "function", "function": {"name": name}}
+    [choice] = demo(tools=[WEATHER, NOW], tool_choice=named)[0]["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == name
 
 
 RIGHT = "Bearer sk-right"
