@@ -4998,9 +4998,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "the longest silence of the server in seconds, default 600"
     add("--timeout", type=float, default=DEFAULT_TIMEOUT, help=about)
     flag("--list-models", help="print the server's models")
-    flag(
-        "--dry-run", help="print a curl command in place of asking; -m saves a request"
-    )
+    about = "print a curl command in place of asking; with -m it needs no server"
+    flag("--dry-run", help=about)
     flag("--demo", help="ask a demo server inside this program")
     add("--version", action="version", version=f"sse_chat {__version__}")
     return parser
