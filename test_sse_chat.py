@@ -6326,6 +6326,15 @@ async def test_an_event_source_is_iterable_and_takes_the_last_event_id(chat):
         await anext(aiter(iterable))
 
 
+def test_the_retry_of_a_source_is_that_of_the_events_given_out():
+    """Not that of a later event, which came in the same read."""
+    sent = b"retry: 5\ndata: a\n\ndata: b\n\nretry: 6\ndata: c\n\nretry: 7\n\n"
+    head = {"content-type": "text/event-stream"}
+    source = EventSource(httpx.Response(200, headers=head, content=sent))
+    assert [source.retry for _ in source] == [5, 5, 6]
+    assert source.retry == 7
+
+
 # ---- Connecting again: what goes over from one connection to the next ----------------
 
 CONNECTIONS = {  # the body of each connection; "data|id" of each event; the ids sent
