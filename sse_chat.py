@@ -1936,7 +1936,7 @@ class ChatAccumulator:
         """
         if len(self._identity) < 3:  # Azure's first chunk has none of them
             identity = {"id": chunk.id, "model": chunk.model, "created": chunk.created}
-            identity = {k: _clean_copy(v) for k, v in identity.items() if v}
+            identity = {k: _clean_copy(v, 1) for k, v in identity.items() if v}
             self._identity = identity | self._identity
         if chunk.usage is not None:
             usage = chunk.usage.raw or chunk.usage.to_dict()
