@@ -5294,11 +5294,12 @@ def _prepare_readline() -> None:
 
 def _read_line() -> tuple[str, str]:
     """Read a command and its argument, or "" and a question."""
-    text = input(">>> ")
+    text = input(">>> ").rstrip()
     if text.startswith("/") and "\n" not in text:
         command, _, argument = text.partition(" ")
         return command, argument.strip()
-    if text.startswith('"""'):
+    # A pasted text that only begins with a docstring is one question as it is.
+    if text.startswith('"""') and (text.count('"""') < 2 or text.endswith('"""')):
         while text.count('"""') < 2:
             text += "\n" + input("... ")
         text = text[3:].rstrip().removesuffix('"""')

@@ -8883,11 +8883,12 @@ def test_a_retry_is_told_at_a_terminal_and_nowhere_else():
 def test_a_pasted_text_is_one_question():
     with serve(HI) as server, at_terminal(*to(server), TERM="xterm") as tty:
         assert "\x1b[?2004h" in tty.expect(">>> ")  # else a terminal marks no pastes
-        for text in ("one\ntwo\n\nthree", "/etc: a path\nand more\n"):
+        code = '"""Module."""\nimport os\nWhat is this?'
+        for text in ("one\ntwo\n\nthree", "/etc: a path\nand more\n", code):
             tty.send(f"\x1b[200~{text}\x1b[201~")
             tty.say("")
             assert asked(server)[-1] == ("user", text.strip())
-        assert len(server.bodies) == 2
+        assert len(server.bodies) == 3
 
 
 def test_ctrl_c_before_the_first_token_says_that_the_question_was_not_kept():
