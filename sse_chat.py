@@ -2127,7 +2127,7 @@ class ChatOptions(_CallOptions, total=False):
     user: str | None
 
 
-# Keywords of openai's SDK that are not fields of a request, and what to write instead.
+# Keywords of openai's SDK that are no options here, and what to write instead.
 _OPENAI_KEYWORDS = {
     "stream": "call stream_chat() or generate()",
     "extra_headers": "write headers=…",
@@ -2138,13 +2138,15 @@ _OPENAI_KEYWORDS = {
 }
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """Return an exception and those behind it, also in groups."""
+def _causes(
+    error: BaseException | None, outer: BaseException | None = None
+) -> list[BaseException]:
+    """Return an exception and those behind it, also in groups; without `outer`."""
     found: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo and len(found) < 50:
         each = todo.pop(0)
-        if each is not None and each not in found:
+        if each is not None and each is not outer and each not in found:
             found.append(each)
             todo += [each.__cause__ or each.__context__]
             todo += getattr(each, "exceptions", ())
@@ -2497,9 +2499,9 @@ def _connect_advice(url: str, causes: list[BaseException]) -> str:
 _BROKEN = ("CloseError", "ReadError", "RemoteProtocolError", "WriteError")
 
 
-def _exception_text(cause: BaseException) -> str:
+def _exception_text(cause: BaseException, outer: BaseException | None = None) -> str:
     """Return the text of an exception, or of its cause where it is empty (trio)."""
-    texts = [str(each) for each in _causes(cause)]
+    texts = [str(each) for each in _causes(cause, outer)]
     return next(filter(None, texts), type(cause).__name__)
 
 
@@ -2507,10 +2509,12 @@ def _is_timeout(cause: BaseException | None) -> bool:
     return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
 
 
-def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionError:
+def _connection_error(
+    cause: Exception, words: str, url: str, outer: BaseException | None
+) -> APIConnectionError:
     """Return the error of an attempt that got no answer, by its kind."""
     kind = type(cause).__name__
-    causes = _causes(cause)
+    causes = _causes(cause, outer)
 
     # A server that was silent may be at work on the answer, so it is not asked again.
     if _is_timeout(cause):
@@ -2523,7 +2527,9 @@ def _connection_error(cause: Exception, words: str, url: str) -> APIConnectionEr
         timeout.is_retryable = kind not in ("ReadTimeout", "WriteTimeout")
         return timeout
 
-    if any("SSL" in type(each).__name__ for each in causes):
+    # A handshake that the server cuts off (SSLEOFError) is a connection that fails.
+    names = [type(each).__name__ for each in causes]
+    if any("SSL" in name and name != "SSLEOFError" for name in names):
         error = APIConnectionError(f"no secure connection: {words}")
         error.advice = (
             "for a certificate of your own set SSL_CERT_FILE, or pass"
@@ -2756,16 +2762,21 @@ class _Request:
         """Return the seconds to wait before sending it again, None for not at all."""
         return self.retries.wait_after(error, time_left, self.source.keeps_connections)
 
-    def error(self, cause: Exception) -> APIError:
-        """Return the error of an attempt that raised `cause`."""
+    def error(self, cause: Exception, outer: BaseException | None) -> APIError:
+        """Return the error of an attempt that raised `cause`.
+
+        `outer` is the exception that the caller is handling, as when it asks a second
+        server: it is one of the contexts, and says nothing about this attempt.
+        """
         response = getattr(cause, "response", None)
         if response is not None:  # an event hook called raise_for_status()
             body = b""
             with suppress(RuntimeError):  # httpx.ResponseNotRead
                 body = response.content
             return self.status_error(response, body)
-        words = self.secrets.redact(_exception_text(cause))
-        return self._with_place(_connection_error(cause, words, self.url), cause)
+        words = self.secrets.redact(_exception_text(cause, outer))
+        error = _connection_error(cause, words, self.url, outer)
+        return self._with_place(error, cause)
 
     def environment_error(self, cause: Exception) -> APIError:
         """Return the error of a client that could not be made."""
@@ -3715,6 +3726,7 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
     The error is returned, since one that is raised here would have the exception, and
     with it the request and its key, as its context.
     """
+    outer = sys.exception()
     try:
         built = request.build(client, reader.deadline.left)
         response: Response = client.send(built, stream=True, follow_redirects=False)
@@ -3731,13 +3743,14 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
         return request.status_error(response, _unpack_error_body(encoding, body))
     # Transports and event hooks may raise anything: the attempt has failed.
     except Exception as error:
-        return request.error(error)
+        return request.error(error, outer)
 
 
 async def _aattempt(
     request: _Request, reader: _Reader, client: Any
 ) -> Response | APIError:
     """Async twin of `_attempt`; its caller limits the time, not the request."""
+    outer = sys.exception()
     try:
         built = request.build(client, None)
         response: Response = await client.send(
@@ -3753,7 +3766,7 @@ async def _aattempt(
             body = await _adrain(reads, response, _ERROR_BODY_TIMEOUT)
         return request.status_error(response, _unpack_error_body(encoding, body))
     except Exception as error:
-        return request.error(error)
+        return request.error(error, outer)
 
 
 def _send(request: _Request, reader: _Reader, client: Any) -> Response:

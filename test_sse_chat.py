@@ -4768,7 +4768,7 @@ def everything(error):
 async def test_no_secret_is_in_any_error(chat, caplog, secret, answer):
     caplog.set_level("INFO")  # at which httpx logs the URL
     url, options, own = secret
-    timeout = 0.05 if answer is ECHOES["timeout"] else 20
+    timeout = httpx.Timeout(20, read=0.1 if answer is ECHOES["timeout"] else 20)
     options = options | {"max_retries": 0, "max_event_bytes": 9000, "timeout": timeout}
     with serve(answer) as server:
         options["base_url"] = url.format(server.url.removeprefix("http://"))
@@ -5843,6 +5843,32 @@ async def test_the_login_of_a_proxy_without_a_scheme_is_not_told(
     error = (await ask(chat, "http://models.example/v1")).error
     assert "http_proxy is 127.0.0.1:9" in str(error)
     assert "canary" not in whole_chain(error)
+
+
+async def test_a_second_server_is_asked_as_the_first_was(chat, waits):
+    """What the caller is handling meanwhile is no cause of what fails now."""
+    try:
+        raise ssl.SSLError("of the first server")
+    except ssl.SSLError:
+        error = (await ask(chat, NOBODY)).error
+    assert (type(error), error.is_retryable, len(waits)) == (Unreachable, True, 2)
+    assert "ollama serve" in error.advice and "SSL" not in str(error)
+
+
+async def test_a_handshake_that_is_cut_off_is_tried_again(chat, waits):
+    def cut_off(listener):
+        for _ in range(3):
+            with listener.accept()[0] as connection:
+                connection.recv(65536)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=cut_off, args=[listener])
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/v1"
+        error = (await ask(chat, url)).error
+        thread.join(PATIENCE)
+    assert (type(error), error.is_retryable, len(waits)) == (Unreachable, True, 2)
+    assert "certificate" not in str(error)
 
 
 async def test_a_client_that_has_no_connection_free_is_told(chat, waits):
@@ -7983,7 +8009,7 @@ for words, told in ((LIMIT_WORDS, AT_LIMIT), (FILTER_WORDS, AT_FILTER)):
 def test_answer(cli, name, how):
     answer, code, text, reasoning, told = SHOWN[name]
     is_silent = answer in (SILENT_ANSWER, SILENT_FROM_THE_START)
-    timeout = "--timeout=0.2" if is_silent else f"--timeout={PATIENCE}"
+    timeout = "--timeout=0.5" if is_silent else f"--timeout={PATIENCE}"
     with serve(answer) as server:
         got, out, err = cli(*to(server), timeout, *how.split(), "hi")
     if how == "--json":  # what came stays printed, as it came
