@@ -2670,6 +2670,12 @@ def _find_base_url(options: Json, source: _ClientSource) -> str:
     return base_url or source.environment["BASE_URL"] or DEFAULT_BASE_URL
 
 
+def _holds_key(header: Any) -> bool:
+    """Tell whether a header of this name has a key, as OpenAI, Azure or Google want."""
+    name = str(header).lower()
+    return name == "authorization" or name.endswith("api-key")
+
+
 def _find_api_key(options: Json, source: _ClientSource) -> str:
     """Return the key; that of the environment is not sent beside one in a header."""
     api_key = options.get("api_key")
@@ -2677,12 +2683,6 @@ def _find_api_key(options: Json, source: _ClientSource) -> str:
     if api_key is None and not any(map(_holds_key, headers)):
         api_key = source.environment["API_KEY"]
     return (api_key or "").strip()
-
-
-def _holds_key(header: Any) -> bool:
-    """Tell whether a header of this name has a key, as OpenAI, Azure or Google want."""
-    name = str(header).lower()
-    return name == "authorization" or name.endswith("api-key")
 
 
 def _find_model(options: Json, source: _ClientSource) -> str | None:
@@ -3425,11 +3425,12 @@ class _AnswerReader(_Reader):
     def _read_payload(self, payload: Any, text: str) -> ChatCompletionChunk:
         # Micro-optimization: this takes a tenth less than to check every payload.
         try:
-            if type(payload) is not dict or len(text) > MAX_OBJECTS:
+            is_checked = type(payload) is not dict or len(text) > MAX_OBJECTS
+            if is_checked:
                 self._check_payload(payload, text)
             chunk = ChatCompletionChunk.from_dict(payload)
             is_plain = _is_plain(chunk)
-            if not is_plain:
+            if not (is_plain or is_checked):
                 self._check_payload(payload, text)
             self._accumulator.add(chunk)
         except (ValueError, RecursionError) as error:
