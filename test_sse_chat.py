@@ -5553,19 +5553,15 @@ async def read_beside(tasks, chat, stream):
 @pytest.mark.life
 async def test_close_in_the_wait_for_a_retry_sends_no_request(chat):
     """And wakes who waits."""
-    wait = 0.8 if chat is SYNC else 0.3
-    again = refuse(503, f"Retry-After: {wait}")
+    again = refuse(503, "Retry-After: 30")
     with serve(in_turn(again, GOOD)) as server:
         stream = chat.stream("hi", base_url=server.url)
         async with anyio.create_task_group() as tasks:
             got = await read_beside(tasks, chat, stream)
             await until(lambda: server.left.acquire(blocking=False))
             await anyio.sleep(0.05)  # until it waits
-            began = time.monotonic()
             await stream.aclose()
-            await until(lambda: got)
-        assert chat is ASYNC or time.monotonic() - began < 0.7
-        await anyio.sleep(max(0, began + wait + 0.1 - time.monotonic()))
+            assert await until(lambda: got)
         assert len(server.heads) == 1
         assert type(got[0].error) is Truncated
         assert "closed here" in str(got[0].error)
@@ -5725,7 +5721,7 @@ OVER_HTTP2 = {  # a status, a body, whether it ends; what is on the error
 @pytest.mark.parametrize("case", OVER_HTTP2.values(), ids=OVER_HTTP2)
 async def test_what_has_no_end_over_http2_is_bounded(chat, monkeypatch, case):
     """The rest after [DONE], and the body of an error."""
-    monkeypatch.setattr(sse_chat, "_ERROR_BODY_TIMEOUT", 1.0, raising=False)
+    monkeypatch.setattr(sse_chat, "_ERROR_BODY_TIMEOUT", 1.0)
     status, data, end, says = case
     if chat is ASYNC and status == "500" and not end:
         pytest.skip("bounded as over HTTP/1, and slow")
