@@ -547,6 +547,10 @@ def _string(value: Any) -> str | None:
     return value if type(value) is str else None
 
 
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list))
+
+
 def _repair_surrogates(text: str) -> str:
     """Return the text with surrogate pairs joined, and a lone half as U+FFFD.
 
@@ -584,8 +588,10 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
     model: Any = args[0] if expected is list else hint
     if not hasattr(model, "from_dict"):
         return lambda sent: sent if type(sent) is expected else None
-    if expected is list:
-        return lambda sent: [model.from_dict(d) for d in _dicts(sent)]
+    if expected is list:  # or one object in place of a list of one
+        return lambda sent: [
+            model.from_dict(d) for d in _dicts([sent] if type(sent) is dict else sent)
+        ]
     return lambda sent: model.from_dict(sent) if type(sent) is dict else None
 
 
@@ -593,11 +599,7 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
 def _converters(model: Any) -> dict[str, Callable[[Any], Any]]:
     """Map each field name to the function that converts its JSON value."""
     hints = typing.get_type_hints(model)
-    return {
-        name: _converter(hints[name])
-        for name in model.__dataclass_fields__
-        if name != "response_headers"  # not part of the JSON
-    }
+    return {name: _converter(hints[name]) for name in model.__dataclass_fields__}
 
 
 def _plain(value: Any) -> Any:
@@ -717,7 +719,12 @@ _REASONING_NAMES = (
 
 
 def _text(content: Any) -> str:
-    """Return the text of a content: a str, a list of parts, or one part."""
+    """Return the text of a content: a str, a list of parts, or one part.
+
+    Cloudflare sends a token that looks like a number as one.
+    """
+    if type(content) in (int, float):
+        return str(content)
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "".join(text for text in texts if type(text) is str)
@@ -725,9 +732,9 @@ def _text(content: Any) -> str:
 
 def _find_reasoning(d: Json) -> str | None:
     """Return the reasoning of a message or a delta, None if there is none."""
-    for name in _REASONING_NAMES:
-        if d.get(name) and type(d[name]) is str:
-            return d[name]  # type: ignore[no-any-return]
+    for name in _REASONING_NAMES:  # a str; Envoy's gateway: {"text": …, "signature": …}
+        if text := _text(d.get(name)):
+            return text
     # Mistral: {"type": "thinking", "thinking": [{"type": "text", "text": …}]}
     # Databricks: {"type": "reasoning", "summary": [{"type": …, "text": …}]}
     parts = _dicts(d.get("content"))
@@ -750,13 +757,14 @@ class _Message(_Model):
         if content is not None and type(content) is not str:
             message.content = _text(content)
         message.reasoning_content = _find_reasoning(d)
-        if message.extra is not None:
-            # Their texts are in reasoning_content now.
-            for name in ("reasoning", "reasoning_text"):
-                reasoning = message.extra.get(name)
-                if not reasoning or isinstance(reasoning, str):
-                    message.extra.pop(name, None)
-            message.extra = message.extra or None
+        # Their text is in reasoning_content now. A signature beside it has no field.
+        extra = {
+            k: v for k, v in (message.extra or {}).items() if k not in _REASONING_NAMES
+        }
+        for name in _REASONING_NAMES:
+            if d.get(name) and _is_container(d[name]):
+                extra[name] = d[name]
+        message.extra = extra or None
         return message  # type: ignore[no-any-return]
 
     def _sent_names(self, name: str) -> list[str]:
@@ -1038,6 +1046,8 @@ class _Choice(_Model):
 def _find_finish_reason(d: Json) -> str | None:
     """Return the reason in a choice; None for "" (SGLang) and "null" (KoboldCpp)."""
     reason = d.get("finish_reason") or d.get("finishReason")  # Gemini sent the latter
+    if type(reason) is dict:  # SGLang: {"type": "abort", "message": …}
+        reason = reason.get("type")
     if type(reason) is not str or reason.strip().lower() in ("", "null", "none"):
         return None
     return _repair_surrogates(reason)
@@ -1088,13 +1098,18 @@ _CHOICE_FIELDS = frozenset(
 )
 
 
+class _HeadersMixin:
+    # Not a dataclass field: `asdict` and FastAPI would publish the headers.
+    response_headers: Mapping[str, str] = MappingProxyType({})
+
+
 @dataclass(repr=False)
-class ChatCompletion(_CompletionBase):
+class ChatCompletion(_CompletionBase, _HeadersMixin):
     """A whole answer, or the part of it that arrived.
 
     `raw` is all that the server sent; for a stream, what it would have sent at once.
-    `response_headers` are those of the HTTP response, names in lower case; only
-    `generate` has them.
+    `response_headers` are those of the HTTP response, names in lower case: in what
+    `generate` returns, and in the `completion` of an error.
     """
 
     @dataclass(repr=False)
@@ -1118,9 +1133,6 @@ class ChatCompletion(_CompletionBase):
 
     choices: list[ChatCompletion.Choice] = field(default_factory=list)
     object: str = "chat.completion"
-    response_headers: Mapping[str, str] = field(
-        default_factory=dict, kw_only=True, repr=False, compare=False
-    )
 
     @property
     def limit(self) -> str:
@@ -1134,7 +1146,8 @@ class ChatCompletion(_CompletionBase):
 # Failures: vLLM, TensorRT-LLM, OpenRouter, DeepSeek, Cohere, Gemini, gateways.
 _FAILURE = re.compile(
     "error|fail|abort|cancel|time_?d?_?out|malformed|interrupt|network|unavailable"
-    "|overload|insufficient|rate_?limit|quota"
+    "|overload|insufficient|rate_?limit|quota|unexpected|exception|incomplete"
+    "|disconnect|connection|killed|preempt|too_many"
 )
 _UNFINISHED = ("not_finished", "unfinished")  # watsonx, in every chunk but the last
 # Limits: OpenAI, Gemini, z.ai, gateways. Filters: OpenAI, Azure, Gemini, z.ai.
@@ -1267,8 +1280,10 @@ class APIResponseValidationError(APIError):
 #     {"errors": [{"code": …, "message": …}], "success": false}       Cloudflare
 #     {"detail": "text"}, {"detail": [{"msg": …}]}                    FastAPI
 #     {"text": …, "error_code": 50002}                                FastChat
-#     {"code": …, "message": …}                                       Spark, gateways
-#     {"type": "…error…", "message": …}                               Cerebras
+#     {"error_type": …, "error_message": …}                           Venice
+#     {"code": …, "message": …}, {"code": …, "msg": …}                Spark, gateways
+#     {"type": "…error…", "message": …}, {"event": "error", …}        Cerebras, Coze
+#     {"status": "failed", …}, {"success": false, …}                  gateways
 #
 # They come as an event, on a line of its own without `data:` (Vertex, gateways), in a
 # field named `error` (llama.cpp before September 2025), in an event of type `error`
@@ -1288,20 +1303,25 @@ def _reports_error(value: Any) -> bool:
         return value not in ("ok", "success", "null", "none", "false")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value != 0 and not 200 <= value < 300
+    if isinstance(value, dict) and not any(map(_is_container, value.values())):
+        return any(map(_reports_error, value.values()))  # Apertis: all fields are empty
     return bool(value)
 
 
 def _find_error_without_choices(payload: Json) -> Any:
     """Return the error in a payload that has no choices."""
-    for name in ("errors", "detail"):
-        if _reports_error(payload.get(name)):
-            return payload[name]
-    if _reports_error(payload.get("error_code")):
+    for name, value in payload.items():
+        is_error_name = name == "detail" or "error" in name.lower()
+        if is_error_name and _reports_error(value):
+            return value if isinstance(value, (dict, list)) else payload
+    if payload.get("success") is False or _is_failure(str(payload.get("status"))):
         return payload
-    if payload.get("message"):
-        is_error_type = "error" in str(payload.get("type")).lower()
-        if is_error_type or _reports_error(payload.get("code")):
-            return payload
+    kinds = str(payload.get("type")), str(payload.get("event"))
+    if any("error" in kind.lower() for kind in kinds):
+        return payload
+    has_message = payload.get("message") or payload.get("msg")
+    if has_message and _reports_error(payload.get("code")):
+        return payload
     return None
 
 
@@ -1342,8 +1362,9 @@ def _find_error(payload: Any) -> Any:
 # Where an error keeps its text, the most telling name first.
 # fmt: off
 _TEXT_NAMES = (
-    "message", "msg", "detail", "details", "error_description", "error_msg", "error",
-    "errors", "status_msg", "text", "reason", "title",
+    "message", "msg", "detail", "details", "error_description", "error_message",
+    "error_msg", "errorMessage", "error", "errors", "status_msg", "text", "reason",
+    "title", "data",
 )
 # fmt: on
 
@@ -1453,7 +1474,7 @@ def _server_error_fields(text: str) -> tuple[Any, ...]:
         message or "(no message)",
         payload,
         _first_field(details, ("code", "error_code", "status_code"), (int, str)),
-        _first_field(details, ("type",), str),
+        _first_field(details, ("type", "error_type"), str),
         _first_field(details, ("param",), str),
     )
 
@@ -1518,14 +1539,14 @@ def _add_text(target: Json, name: str, text: str) -> None:
 def _merge(target: Json, addition: Json, depth: int = 1) -> None:
     """Add to a dict: the growing texts and lists grow, dicts are merged.
 
-    Other values are replaced; null replaces nothing.
+    Other values are replaced; null and "" replace nothing.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
     for name, value in addition.items():
-        if value is None:
-            continue
         old = target.get(name)
+        if value is None or (value == "" and old is not None):
+            continue
         if isinstance(value, str) and name in _GROWING_NAMES:
             if not isinstance(old, _GrowingList):
                 _add_text(target, name, value)
@@ -1653,15 +1674,20 @@ class _ToolCallBuilder:
         """Tell whether a piece continues the call, or opens the next one.
 
         Only a piece with a name can open a call, and only where this one has a name:
-        with another id, or without an id where these arguments are complete already.
+        with another id, or where these arguments are complete already, and with the
+        same id also those of the piece.
         """
         name, text = _name_and_text(piece)
         if not name or not self.name:
             # An id alone never opens a call: LM Studio sends a new one in each piece.
             return True
-        if piece.id:
-            return self.id in ("", piece.id)
         data = _to_bytes(text or "")
+        if piece.id:
+            if self.id and piece.id != self.id:
+                return False
+            # Gemini's adapters give two calls one id: the name of the function.
+            if self.text == b"{}" or not _is_json_object(bytearray(data)):
+                return True
         if len(data) >= len(self.text) and data.startswith(bytes(self.text)):
             # Two functions may be called with the same arguments.
             return _to_bytes(name) == self.name or not _is_json_object(self.text)
@@ -1720,6 +1746,8 @@ class _ToolCalls:
     | has a name and no id, and that call has a name and  | a new call                |
     |   complete arguments, unless the piece has the same |                           |
     |   name and begins with these arguments              |                           |
+    | the same with that call's id, and the arguments of  | a new call                |
+    |   the piece are complete as well                    |                           |
     """
 
     def __init__(self) -> None:
@@ -1895,8 +1923,16 @@ class _ChoiceBuilder:
             _add_text(self._message, "reasoning_content", text)
             return
         for name in _REASONING_NAMES:
-            if raw.get(name) and type(raw[name]) is str:
-                _add_text(self._message, name, raw[name])
+            sent = raw.get(name)
+            if sent and not _is_container(sent):
+                _add_text(self._message, name, _text(sent))
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether text, a refusal, audio or a call has come."""
+        names = ("content", "refusal", "audio", "function_call")
+        has_part = any(self._message.get(name) for name in names)
+        return has_part or self._tool_calls is not None
 
     @property
     def failure(self) -> str:
@@ -1940,7 +1976,8 @@ class ChatAccumulator:
             self._identity = identity | self._identity
         if chunk.usage is not None:
             usage = chunk.usage.raw or chunk.usage.to_dict()
-            self._latest["usage"] = _clean_copy(usage, 1)
+            if any(usage.values()) or "usage" not in self._latest:
+                self._latest["usage"] = _clean_copy(usage, 1)
         if type(chunk.system_fingerprint) is str:
             self._latest["system_fingerprint"] = chunk.system_fingerprint
         if type(chunk.service_tier) is str:
@@ -1956,8 +1993,12 @@ class ChatAccumulator:
             if builder is None:
                 builder = self._open(choice.index)
             builder.add(choice)
-            if choice.finish_reason and _is_failure(choice.finish_reason):
-                self._failure = choice.finish_reason
+            reasons = [choice.finish_reason]
+            if choice.extra is not None:  # OpenRouter: beside "stop"
+                reasons.append(_string(choice.extra.get("native_finish_reason")))
+            for reason in filter(None, reasons):
+                if _is_failure(reason):
+                    self._failure = reason
 
     def _open(self, index: int) -> _ChoiceBuilder:
         if not 0 <= index < MAX_CHOICES:
@@ -1970,6 +2011,11 @@ class ChatAccumulator:
         """The finish_reason of a choice that failed or is not finished, else ""."""
         reasons = [choice.failure for choice in self._choices.values()]
         return self._failure or next(filter(None, reasons), "")
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a choice has more than a role and reasoning."""
+        return any(choice.has_answer for choice in self._choices.values())
 
     def has_ended(self, n_choices: int) -> bool:
         """Tell whether at least `n_choices` have come, and every one has ended."""
@@ -3002,6 +3048,8 @@ class _Body:
         start = self.start
         if start.startswith((b"{", b"[")):
             return "json"
+        if start.startswith(b"<"):  # a page, whatever its label says
+            return "other"
         if start.startswith(_SSE_FIELDS):
             return "stream"
         if start and "text/event-stream" in self.content_type.lower():
@@ -3140,14 +3188,28 @@ class _Reader:
     def fail(self, error: APIError) -> APIError:
         """Keep the error, and put the part of the answer that arrived on it."""
         error.place = error.place or self._expected.url
-        error.completion = self.completion
+        error.completion = self.completion_with_headers()
         self.error = error
         return error
+
+    def completion_with_headers(self) -> ChatCompletion:
+        """Return the answer so far with the headers of the response, if there is one.
+
+        Secrets are taken out: a server may send back what it was asked with.
+        """
+        completion = self.completion
+        if self.control.response is not None:
+            headers = self.control.response.headers.items()
+            redact = self._expected.redact
+            completion.response_headers = {k: redact(v) for k, v in headers}
+        return completion
 
     def attempt_error(self, error: APIError) -> APIError:
         """Return `error`, or the verdict if the caller or a time limit ended it."""
         if self.control.is_closed or self.deadline.has_passed:
-            return self.verdict()
+            verdict = self.verdict()
+            verdict.status_code = error.status_code  # that came, but not all its body
+            return verdict
         return self.fail(error)
 
     def verdict(self) -> APIError:
@@ -3167,8 +3229,11 @@ class _ChatEvents(SSEDecoder):
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes)
         self._json_lines = bytearray()
+        self.first_unknown_line = ""
 
     def _process_unknown(self, line: bytes, events: list[ServerSentEvent]) -> None:
+        if not self.first_unknown_line:
+            self.first_unknown_line = line[: 4 * _EXCERPT].decode("utf-8", "replace")
         name, _, value = line.partition(b":")
         if name == b"error":
             self._add_event("error", value, events)
@@ -3189,6 +3254,8 @@ class _ChatEvents(SSEDecoder):
                 payload, _ = _parse_json(data.decode("utf-8", "replace"))
                 if _find_error(payload) is not None:
                     self._add_event("error", data, events)
+                elif isinstance(payload, dict) and payload.get("choices"):
+                    self._add_event("message", data, events)
 
     def _add_event(self, kind: str, data: bytes, events: list[ServerSentEvent]) -> None:
         """Add an event of one line, after the data that came before it in its block."""
@@ -3458,7 +3525,9 @@ class _AnswerReader(_Reader):
         is_ending = self._is_ending
         has_reason = any(c.finish_reason is not None for c in chunk.choices)
         if has_reason or (is_ending and chunk.choices):
+            # Some servers send "stop" with the role, or with each piece of reasoning.
             is_ending = self._accumulator.has_ended(self._expected.n_choices)
+            is_ending = is_ending and self._accumulator.has_answer
         if is_ending:
             self.deadline = _Deadline(self._expected.ending_timeout)
         elif self._is_ending:
@@ -3503,6 +3572,9 @@ class _AnswerReader(_Reader):
         if self._body.kind == "other":
             problem = f"neither an event stream nor JSON ({self._content_type()})"
             return self._invalid(problem, self._body.text)
+        unknown = self._events.first_unknown_line
+        if unknown and not self._accumulator.completion.choices:  # labelled as a stream
+            return self._invalid(f"no events ({self._content_type()})", unknown)
         return self._truncated(self._cut_off("it ended"))
 
     def _cut_off(self, how: str) -> str:

@@ -1148,7 +1148,8 @@ def test_the_choices_of_the_test_above_hold_large_indices():
 # A delta or message; its text and its reasoning
 CONTENTS = {
     "null": ({"content": None, "reasoning_content": None}, "", ""),
-    "other types": ({"content": 5, "reasoning": {}}, "", ""),
+    "other types": ({"content": True, "reasoning": {}}, "", ""),
+    "numbers": ({"content": 0.5, "reasoning": 5}, "0.5", "5"),
     "reasoning under two names": (
         {"reasoning_content": "r", "reasoning": "other"},
         "",
@@ -1237,6 +1238,9 @@ def test_copies_are_equal_and_independent(copied):
         other = copied(value)
         assert (type(other), str(other)) == (type(value), str(value))
         assert getattr(other, "__dict__", other) == getattr(value, "__dict__", value)
+    for value in (chunk, accumulate([chunk])):
+        copied(value).choices.clear()
+        assert len(value.choices) == 1
     decoder, accumulator = SSEDecoder(), ChatAccumulator()
     decoder.feed(b"id: 1\ndata: x\ndata: ")
     accumulator.add(chunk)
@@ -1323,6 +1327,21 @@ def test_chunks_accumulate_to_the_whole_answer(stream):
     assert sent == before
 
 
+def test_an_empty_text_replaces_nothing():
+    """As Gemini's adapters send the name of a function again."""
+    sent = [{"name": "f", "arguments": ""}, {"name": "", "arguments": "{}"}]
+    message = accumulate(chunk_of({"function_call": call}) for call in sent)
+    assert message.choices[0].message.function_call == sent[0] | sent[1] | {"name": "f"}
+
+
+def test_one_tool_call_needs_no_list():
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    whole = ChatCompletion.from_dict({"choices": [{"message": {"tool_calls": call}}]})
+    for completion in (whole, accumulate([chunk_of({"tool_calls": call})])):
+        assert shown(completion) == "a|f|{}"
+    assert whole.choices[0].message.to_dict()["tool_calls"] == call
+
+
 def test_unknown_fields_are_merged():
     """In a message dicts and lists grow; of all else the latest stays, but null."""
     extras = [{"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}, {"a": None}]
@@ -1392,7 +1411,6 @@ def test_accumulating_refuses_more_than_the_limits(most, sent):
     accumulator = ChatAccumulator()
     for chunk in ({"choices": [{"delta": {"x": {"a": 1}}}]}, sent(most)):
         accumulator.add(ChatCompletionChunk.from_dict(chunk))
-    assert accumulator.completion.choices or accumulator.completion.raw
     with pytest.raises(ValueError):
         accumulator.add(ChatCompletionChunk.from_dict(sent(most + 1)))
 
@@ -2919,6 +2937,13 @@ ERROR_OBJECTS = {  # name: the object, its code
     "detail as a list": ({"detail": [{"loc": ["body", 0], "msg": TOLD}]}, None),
     "error_code": ({"text": TOLD, "error_code": 50002}, 50002),
     "code": ({"code": "daily_limit", "message": TOLD}, "daily_limit"),
+    "code and msg": ({"code": 500, "msg": TOLD}, 500),
+    "error_type": ({"error_type": "too_long", "error_message": TOLD}, None),
+    "errorMessage": ({"errorMessage": TOLD, "errorCode": "E"}, None),
+    "type": ({"type": "api_error", "data": TOLD}, None),
+    "event": ({"event": "error", "text": TOLD}, None),
+    "status": ({"status": "failed", "message": TOLD}, None),
+    "success": ({"success": False, "message": TOLD}, None),
     "code and null choices": (
         {"code": 10013, "message": TOLD, "sid": "s", "choices": None},
         10013,
@@ -3004,6 +3029,14 @@ async def test_an_error_of_any_shape_is_told_however_asked(chat):
             )
 
 
+def test_a_chunk_on_a_line_of_its_own_is_one():
+    """Without `data:`, as an error has it: no text is lost."""
+    for at in (1, 2):
+        bare = HELLO[at].removeprefix(b"data: ")
+        answer = chunks_in(*HELLO[:at], bare, *HELLO[at + 1 :])
+        assert (answer.error, answer.text) == (None, "Hello")
+
+
 def test_an_error_in_a_whole_answer_is_told():
     [choice] = WHOLE["choices"]
     for more, inner in (({"error": TOLD}, {}), ({}, {"error": {"message": TOLD}})):
@@ -3012,8 +3045,10 @@ def test_an_error_in_a_whole_answer_is_told():
         assert (type(answer.error), answer.error.message) == (APIError, TOLD)
 
 
+EMPTY_ERROR = {"message": "", "type": "", "param": None, "code": 0}  # Apertis
 NO_ERROR_BESIDE_A_CHOICE = [
-    *({"error": none} for none in (None, "", [], {}, 0, False)),
+    *({"error": none} for none in (None, "", [], {}, 0, False, EMPTY_ERROR)),
+    {"error": {"code": 200, "message": "OK"}},
     {"code": 5, "message": "m"},
     {"detail": "d"},
     {"errors": ["e"]},
@@ -3026,6 +3061,8 @@ NO_ERROR = [
     *({"error_code": code, "text": "t"} for code in NO_CODES),
     *({"base_resp": {"status_code": code, "status_msg": "m"}} for code in NO_CODES),
     *({name: none} for name in ("errors", "detail") for none in (None, [], "")),
+    *({name: "m"} for name in ("message", "msg", "status", "type", "event")),
+    {"success": True, "status": "in_progress", "message": "m"},
 ]
 
 
@@ -3100,11 +3137,13 @@ def test_the_most_telling_text_is_the_message(sent, due):
 # ---- Ends ----------------------------------------------------------------------------
 
 FAILURE_STEMS = """error fail abort cancel timeout malformed interrupt network
-unavailable overload insufficient"""
+unavailable overload insufficient unexpected exception incomplete disconnect connection
+killed preempt"""
 FAILURES = """error ERROR abort aborted cancelled canceled failed network_error
 network-error connection_error timeout Timeout ERROR_LIMIT ERROR_TOXIC USER_CANCEL
 MALFORMED_FUNCTION_CALL insufficient_system_resource engine_overloaded interrupted
-service-unavailable errors"""
+service-unavailable errors UNEXPECTED_TOOL_CALL TOO_MANY_TOOL_CALLS incomplete
+connection_lost engine_killed"""
 LENGTHS = """length LENGTH max_tokens MAX_TOKENS max-tokens max_output_tokens
 model_context_window_exceeded context_window"""
 FILTER_ENDS = """content_filter CONTENT_FILTER content-filter SAFETY RECITATION
@@ -3137,6 +3176,24 @@ def check_failure(reason):
 )
 def test_words_for_a_failure(reason):
     check_failure(reason)
+
+
+@pytest.mark.parametrize("done", [[], [DONE]], ids=["no end", "[DONE]"])
+def test_a_failure_beside_a_good_reason_is_one(done):
+    """OpenRouter has the model's own word there, and "stop" for all that it knows."""
+    for reason, error in (("MALFORMED_FUNCTION_CALL", Truncated), ("STOP", NoneType)):
+        end = said({}, "stop", native_finish_reason=reason)
+        answer = chunks_in(*BEGUN, sse(end), *done)
+        assert (type(answer.error), answer.text) == (error, "Hello")
+        assert error is NoneType or reason in str(answer.error)
+
+
+def test_a_reason_may_be_an_object():
+    """As SGLang has it inside."""
+    for kind, error in (("abort", Truncated), ("length", NoneType)):
+        answer = chunks_in(*BEGUN, sse(said({}, {"type": kind, "length": 9})))
+        assert (type(answer.error), answer.text) == (error, "Hello")
+        assert error is Truncated or answer.completion.limit == "length"
 
 
 AROUND = st.sampled_from(["", "x", "stop", "length", "content_filter", "max-tokens"])
@@ -3248,6 +3305,7 @@ def test_what_says_nothing_opens_no_choice_again(delta):
     others = [{}, {"logprobs": {"content": [token]}}, FILTER, {"usage": TOKENS_USED}]
     for other in others:
         more = [said(delta, None, **other), said(delta, "", **other) | usage()]
+        more[0]["choices"][0]["delta"] = delta  # null, too
         for payload in (*more, {"choices": []}, usage()):
             answer = chunks_in(*HELLO[:3], sse(payload))
             assert answer.error is None
@@ -3316,11 +3374,13 @@ def test_the_wait_after_the_last_end_is_bounded(monkeypatch):
 
 def piece(index=None, id=None, name=None, arguments=None, unset=...):
     """A piece of a call; a field that is None is left out, or set to `unset`."""
-    function = {"name": name, "arguments": arguments}
-    function = {k: unset if v is None else v for k, v in function.items()}
-    function = {k: v for k, v in function.items() if v is not ...}
-    fields = {"index": index, "id": unset if id is None else id, "function": function}
-    return {k: v for k, v in fields.items() if v is not None and v is not ...}
+
+    def with_unset(fields):
+        fields = {k: unset if v is None else v for k, v in fields.items()}
+        return {k: v for k, v in fields.items() if v is not ...}
+
+    function = with_unset({"name": name, "arguments": arguments})
+    return with_unset({"index": index, "id": id, "function": function})
 
 
 def pieces_in(text, unset=...):
@@ -3377,6 +3437,15 @@ TOOL_CALL_ROWS = {
     ),
     "a name and no id before the object is whole": ('0||f|{"x": 0||f|1}', '|f|{"x":1}'),
     "a name, no id, cumulative": ('0||f|{"x" 0||f|{"x":1}', '|f|{"x":1}'),
+    "the same id, and both are whole": (
+        '0|f|f|{"x":0} 0|f|f|{"x":1} 0|f|f|{"x":1}',
+        'f|f|{"x":0} f|f|{"x":1}',
+    ),
+    "the same id for two names": (
+        '|a|f|{"x":0}+|a|g|{"x":0}',
+        'a|f|{"x":0} a|g|{"x":0}',
+    ),
+    "the same id, name and {}": ('0|a|f|{} 0|a|f|{"x":1}', 'a|f|{"x":1}'),
     "another id in each piece": ('0|1|f| 0|2||{"x": 0|3||1}', '1|f|{"x":1}'),
     "another id in each piece without index": ('|1|f|{"x": |2||1}', '1|f|{"x":1}'),
     "another id for each of two": (
@@ -3409,7 +3478,7 @@ TOOL_CALL_ROWS = {
 
 def joined(chunks, finish):
     made = [chunk_of({"tool_calls": pieces}) for pieces in chunks]
-    if finish:
+    if finish is not None:
         made.append(chunk_of({}, finish_reason=finish))
     return accumulate(made)
 
@@ -3860,6 +3929,19 @@ def test_reasoning_goes_back_under_the_name_that_the_server_has_for_it(names):
         assert made.choices[0].message.to_dict() == message
 
 
+@pytest.mark.parametrize("name", REASONING)
+def test_reasoning_may_be_an_object_with_a_signature(name):
+    """As Envoy's gateway sends it: a model takes its thoughts back only with that."""
+    pieces = [{"text": "H"}, {"text": "m"}, {"signature": "c2ln"}]
+    streamed = accumulate(chunk_of({name: piece}) for piece in pieces)
+    message = {"role": "assistant", name: {"text": "Hm", "signature": "c2ln"}}
+    whole_one = ChatCompletion.from_dict({"choices": [{"message": message}]})
+    for made in (whole_one, streamed):
+        assert made.reasoning == made.choices[0].message.reasoning_content == "Hm"
+        got = made.choices[0].message.to_dict()
+        assert {k: v for k, v in got.items() if v is not None} == message
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -4165,6 +4247,7 @@ USAGES = [  # in each chunk; each `usage` has the same place
     [TOKENS_USED, {}],
     [TOKENS_USED, None],
     [{}, TOKENS_USED, {}, None],
+    [TOKENS_USED, ZERO],
 ]
 USAGE_PLACES = {
     "top": lambda usage: said({"content": "x"}) | {"usage": usage},
