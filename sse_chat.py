@@ -44,6 +44,7 @@ from __future__ import annotations
 import codecs
 import functools
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -80,6 +81,7 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar, Unpack
 
 # Micro-optimization: httpx, and modules that few uses need, are imported where those
@@ -2179,7 +2181,12 @@ _OPENAI_KEYWORDS = {
     "extra_headers": "write headers=…",
     "default_headers": "write headers=…",
     "organization": 'write headers={"OpenAI-Organization": …}',
+    "project": 'write headers={"OpenAI-Project": …}',
     "extra_query": "write it into base_url, after a ?",
+    "default_query": "write it into base_url, after a ?",
+    "azure_endpoint": "write the URL of the deployment as base_url",
+    "azure_deployment": "write the URL of the deployment as base_url",
+    "api_version": "write ?api-version=… at the end of base_url",
     "http_client": "write client=…",
 }
 
@@ -2206,7 +2213,8 @@ class _Secrets:
     """
 
     _NAME = re.compile(
-        r"auth|cookie|key|password|secret|token|signature|\bsig\b", re.IGNORECASE
+        r"auth|cookie|credential|jwt|key|passw|secret|session|token|signature|\bsig\b",
+        re.IGNORECASE,
     )
 
     def __init__(self, login: str) -> None:
@@ -2472,9 +2480,16 @@ def _check_timeout(timeout: Any) -> tuple[float | None, ...]:
 def _check_messages(messages: Messages, system: str | None) -> list[Any]:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, (list, tuple)):
+    if isinstance(messages, bytes) or not isinstance(messages, Sequence):
         kind = type(messages).__name__
         raise TypeError(f"messages: expected a str or a list of dicts, got {kind}")
+    for place, message in enumerate(messages):
+        if not isinstance(message, (Mapping, _Message)):
+            kind = f"{type(message).__module__}.{type(message).__qualname__}"
+            raise TypeError(
+                f"messages[{place}]: expected a dict, or the message of an answer of"
+                f" this module, got {kind}"
+            )
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *messages]
 
@@ -2551,6 +2566,11 @@ def _exception_text(cause: BaseException, outer: BaseException | None = None) ->
     return next(filter(None, texts), type(cause).__name__)
 
 
+def _is_network_error(cause: BaseException | None) -> bool:
+    """Tell whether an exception is an OSError of a connection, not of a file."""
+    return isinstance(cause, OSError) and cause.filename is None
+
+
 def _is_timeout(cause: BaseException | None) -> bool:
     return "Timeout" in type(cause).__name__  # of httpx, httpx2, asyncio or a socket
 
@@ -2588,9 +2608,11 @@ def _connection_error(
         error = APIConnectionError(f"cannot connect: {words}")
         error.is_retryable = True
         error.advice = _connect_advice(url, causes)
-    elif any(type(each).__module__.startswith("h11") for each in causes):
+    elif kind != "LocalProtocolError" and any(
+        type(each).__module__.startswith("h11") for each in causes
+    ):
         error = APIConnectionError(f"the server broke the rules of HTTP: {words}")
-    elif kind in _BROKEN or isinstance(cause, OSError):
+    elif kind in _BROKEN or _is_network_error(cause):
         error = APIConnectionError(f"the connection broke before an answer: {words}")
         error.is_retryable = error.is_broken = True
     else:
@@ -2598,8 +2620,15 @@ def _connection_error(
     return error
 
 
-def _environment_error(cause: Exception, words: str) -> APIConnectionError:
+def _environment_error(cause: Exception) -> APIConnectionError:
     """Return the error of a client that httpx could not make, and its variables."""
+    from urllib.request import getproxies_environment
+
+    words = _exception_text(cause)
+    error_cause: Exception | None = cause
+    if any("@" in proxy for proxy in getproxies_environment().values()):
+        # httpx quotes a piece of the URL, which may be a piece of the password.
+        words, error_cause = type(cause).__name__, None
     if isinstance(cause, OSError):  # certificates that cannot be read
         names = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
         error = APIConnectionError(f"cannot read the certificates: {words}")
@@ -2616,6 +2645,7 @@ def _environment_error(cause: Exception, words: str) -> APIConnectionError:
         if os.environ.get(name):
             found.append(f"{name} is {_without_login(os.environ[name])}")
     error.advice = ", ".join(found)
+    error.__cause__ = error_cause
     return error
 
 
@@ -2649,8 +2679,14 @@ def _new_client(kind: str, may_need_tls: bool) -> Any:
 
 
 def _check_client(kind: str, client: Any) -> None:
-    if client is not None and hasattr(client, "aclose") != (kind == "AsyncClient"):
-        raise TypeError(f"client: expected an httpx.{kind}")
+    """Refuse what cannot be used as the caller's client, such as openai's."""
+    if client is None:
+        return
+    can_send = hasattr(client, "build_request") and hasattr(client, "send")
+    is_async = hasattr(client, "aclose")
+    if not can_send or isinstance(client, type) or is_async != (kind == "AsyncClient"):
+        got = type(client).__name__
+        raise TypeError(f"client: expected an httpx.{kind}, got an object of {got}")
 
 
 class _ClientSource:
@@ -2668,6 +2704,7 @@ class _ClientSource:
         # when it is used again. Of a caller's client we must assume so.
         self.keeps_connections = client is not None
         self._is_kept = is_kept
+        self._is_closed = False
         self._kind = kind
         self._given = client
         # Our clients by their home: the process and the event loop. A child process
@@ -2676,13 +2713,21 @@ class _ClientSource:
         self._clients: dict[Any, Any] = {}
 
     def open(self, request: _Request, loop: Any = None) -> Any:
-        """Return a context manager for the client; one made for this call is closed."""
+        """Return a context manager for the client; one made for this call is closed.
+
+        Raises APIError if there is none any more, or none can be made.
+        """
+        if self._is_closed:  # also in another process or event loop
+            error = APIConnectionError("the request could not be sent: closed client")
+            error.place = request.expected.url
+            raise error
         if self._given is not None:
             return nullcontext(self._given)
         if not self._is_kept:
             return self._new(request)
         home = (os.getpid(), loop)
         if home not in self._clients:
+            self._forget_closed_loops()
             client = self._clients.pop(None, None)
             if client is None:
                 client = self._new(request)
@@ -2702,17 +2747,38 @@ class _ClientSource:
         except Exception as error:
             problem = error
         # Raised here, so that an exception that may hold a password is not its context.
-        raise request.environment_error(problem)
+        environment_error = _environment_error(problem)
+        environment_error.place = request.expected.url
+        raise environment_error
 
-    def clients_here(self, loop: Any = None) -> list[Any]:
-        """Return our clients of this process and event loop, to be closed."""
+    def _forget_closed_loops(self) -> None:
+        """Leave clients of loops that are closed to garbage collection.
+
+        Nothing else can close their connections. trio does not tell that a loop ended.
+        """
+        for home in list(self._clients):
+            _, loop = home or (0, None)
+            if getattr(loop, "is_closed", bool)():
+                self._clients.pop(home, None)
+
+    def begin_close(self, loop: Any = None) -> list[Any]:
+        """Refuse all later calls; return the clients that can be closed here."""
+        self._is_closed = True
         homes = (None, (os.getpid(), loop))
         return [self._clients[home] for home in homes if home in self._clients]
 
 
+def _mapping(options: Json, name: str) -> Json:
+    """Return an option that must be a dict, {} for None. Raises TypeError."""
+    value = options.get(name)
+    if not isinstance(value, Mapping | None):
+        raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+    return dict(value or {})
+
+
 def _find_base_url(options: Json, source: _ClientSource) -> str:
     """Return the base URL of the options, else of the environment, else Ollama's."""
-    base_url = (options.get("base_url") or "").strip()
+    base_url = str(options.get("base_url") or "").strip()  # an httpx.URL will do, too
     return base_url or source.environment["BASE_URL"] or DEFAULT_BASE_URL
 
 
@@ -2725,7 +2791,10 @@ def _holds_key(header: Any) -> bool:
 def _find_api_key(options: Json, source: _ClientSource) -> str:
     """Return the key; that of the environment is not sent beside one in a header."""
     api_key = options.get("api_key")
-    headers = (*source.headers, *(options.get("headers") or ()))
+    if not isinstance(api_key, str | None):
+        kind = type(api_key).__name__
+        raise TypeError(f"api_key: expected a str, got an object of {kind}")
+    headers = (*source.headers, *_mapping(options, "headers"))
     if api_key is None and not any(map(_holds_key, headers)):
         api_key = source.environment["API_KEY"]
     return (api_key or "").strip()
@@ -2748,6 +2817,17 @@ def _safe_response(response: Response, content: bytes, secrets: _Secrets) -> Res
     return copy
 
 
+def _raised_response(cause: BaseException) -> Response | None:
+    """Return the response of an exception that `raise_for_status()` raised in a hook.
+
+    The name is that of httpx and httpx2. Other libraries keep other things under
+    `response`: botocore a dict, for one.
+    """
+    names = [base.__name__ for base in type(cause).__mro__]
+    response: Response | None = getattr(cause, "response", None)
+    return response if "HTTPStatusError" in names else None
+
+
 class _Request:
     """A request, checked: its bytes are made here, not when it is sent."""
 
@@ -2760,7 +2840,7 @@ class _Request:
         self.method = method
         self.url, login = _parse_base_url(_find_base_url(options, source), path)
         headers = _request_headers(accept, _find_api_key(options, source), login)
-        self.headers = _check_headers({**headers, **(options.get("headers") or {})})
+        self.headers = _check_headers({**headers, **_mapping(options, "headers")})
         self.timeout = _check_timeout(options.get("timeout", DEFAULT_TIMEOUT))
         read_timeout = self.timeout[1]
         self.content: bytes | None = None
@@ -2798,7 +2878,7 @@ class _Request:
     def add_secrets(self, request: Request) -> None:
         """Add the secrets that a caller's client has put in, and note if there are any.
 
-        Called again after sending: only then is the client's login among the headers.
+        Called again after sending: only then are those of its `auth` among the headers.
         """
         self.secrets.add(request.headers, str(request.url))
         names = [*request.headers, *request.url.params]
@@ -2814,31 +2894,18 @@ class _Request:
         `outer` is the exception that the caller is handling, as when it asks a second
         server: it is one of the contexts, and says nothing about this attempt.
         """
-        response = getattr(cause, "response", None)
-        if response is not None:  # an event hook called raise_for_status()
+        response = _raised_response(cause)
+        if response is not None:
             body = b""
             with suppress(RuntimeError):  # httpx.ResponseNotRead
                 body = response.content
             return self.status_error(response, body)
+        sent: Any = cause
+        with suppress(Exception):  # an exception of httpx has the request that was sent
+            self.add_secrets(sent.request)
         words = self.secrets.redact(_exception_text(cause, outer))
         error = _connection_error(cause, words, self.url, outer)
-        return self._with_place(error, cause)
-
-    def environment_error(self, cause: Exception) -> APIError:
-        """Return the error of a client that could not be made."""
-        from urllib.request import getproxies_environment
-
-        if any("@" in proxy for proxy in getproxies_environment().values()):
-            # httpx quotes a piece of the URL, which may be a piece of the password.
-            error = _environment_error(cause, type(cause).__name__)
-            return self._with_place(error, None)
-        words = self.secrets.redact(_exception_text(cause))
-        return self._with_place(_environment_error(cause, words), cause)
-
-    def _with_place(self, error: APIError, cause: Exception | None) -> APIError:
-        error.place = _public_url(self.url)
-        if self.retries.attempts:
-            error.place += f", {self.retries.elapsed()}"
+        error.place = f"{_public_url(self.url)}, {self.retries.elapsed()}"
         if not self.secrets.is_in(cause):
             error.__cause__ = cause
         return error
@@ -2897,13 +2964,16 @@ def _chat_request(
         "stream": is_stream,
     }
     body |= {k: v for k, v in options.items() if k not in _CallOptions.__annotations__}
-    body |= options.get("extra_body") or {}
+    body |= _mapping(options, "extra_body")
+    if not is_stream:  # an option of a client for its streams: servers refuse it here
+        body.pop("stream_options", None)
     body = {name: value for name, value in body.items() if value is not None}
     text = json.dumps(body, default=_message_to_json, allow_nan=False)
     request.content = text.encode()
-    n = body.get("n")
-    if isinstance(n, int):
-        request.expected.n_choices = max(1, n)
+    with suppress(
+        TypeError, ValueError, OverflowError
+    ):  # the server says what is wrong
+        request.expected.n_choices = max(1, int(body.get("n", 1)))
     return request
 
 
@@ -3802,17 +3872,20 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
     outer = sys.exception()
     try:
         built = request.build(client, reader.deadline.left)
-        response: Response = client.send(built, stream=True, follow_redirects=False)
-        request.add_secrets(built)
+        try:
+            response: Response = client.send(built, stream=True, follow_redirects=False)
+            built = response.request  # an auth flow may have sent one of its own
+        finally:
+            request.add_secrets(built)
         reader.control.begin(response)
         if response.is_success:
             _set_read_timeout(built, request.timeout[1])
             return response
-        _set_read_timeout(built, _ERROR_BODY_TIMEOUT)
+        seconds = min(_ERROR_BODY_TIMEOUT, reader.deadline.left or _ERROR_BODY_TIMEOUT)
+        _set_read_timeout(built, seconds)
         encoding = _content_encoding(response)
         with closing(response):
-            reads = _response_reads(response)
-            body = _drain(reads, response, _ERROR_BODY_TIMEOUT)
+            body = _drain(_response_reads(response), response, seconds)
         return request.status_error(response, _unpack_error_body(encoding, body))
     # Transports and event hooks may raise anything: the attempt has failed.
     except Exception as error:
@@ -3821,22 +3894,30 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
 
 async def _aattempt(
     request: _Request, reader: _Reader, client: Any
-) -> Response | APIError:
-    """Async twin of `_attempt`; its caller limits the time, not the request."""
+) -> Response | APIError | None:
+    """Async twin of `_attempt`; None if it was closed, or the time for it is up."""
+    control, deadline = reader.control, reader.deadline
     outer = sys.exception()
     try:
         built = request.build(client, None)
-        response: Response = await client.send(
-            built, stream=True, follow_redirects=False
-        )
-        request.add_secrets(built)
-        reader.control.begin(response)
+        response: Response | None = None
+        try:
+            with control.interruptible(deadline.left):
+                sent = await client.send(built, stream=True, follow_redirects=False)
+                response, built = sent, sent.request
+        finally:
+            request.add_secrets(built)
+        if response is None:
+            return None
+        control.begin(response)
         if response.is_success:
             return response
+        seconds = min(_ERROR_BODY_TIMEOUT, deadline.left or _ERROR_BODY_TIMEOUT)
         encoding = _content_encoding(response)
+        body = b""
         async with aclosing(response):
-            reads = _aresponse_reads(response)
-            body = await _adrain(reads, response, _ERROR_BODY_TIMEOUT)
+            with control.interruptible():
+                body = await _adrain(_aresponse_reads(response), response, seconds)
         return request.status_error(response, _unpack_error_body(encoding, body))
     except Exception as error:
         return request.error(error, outer)
@@ -3859,20 +3940,22 @@ def _send(request: _Request, reader: _Reader, client: Any) -> Response:
 
 
 async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
-    """Async twin of `_send`; here the time for the first token limits all of it."""
+    """Async twin of `_send`."""
     import anyio
 
     deadline, control = reader.deadline, reader.control
-    with control.interruptible(deadline.left):
-        while not control.is_closed:
-            request.retries.begin_attempt()
-            result = await _aattempt(request, reader, client)
-            if not isinstance(result, APIError):
-                request.source.keeps_connections = True
-                return result
-            wait = request.wait_after(result, deadline.left)
-            if wait is None:
-                raise reader.attempt_error(result)
+    while not control.is_closed:
+        request.retries.begin_attempt()
+        result = await _aattempt(request, reader, client)
+        if result is None:
+            break
+        if not isinstance(result, APIError):
+            request.source.keeps_connections = True
+            return result
+        wait = request.wait_after(result, deadline.left)
+        if wait is None:
+            raise reader.attempt_error(result)
+        with control.interruptible():
             await anyio.sleep(wait)
     raise reader.verdict()
 
@@ -3881,7 +3964,7 @@ def _is_transport_error(error: Exception) -> bool:
     """Tell whether an exception is one of a network or of an HTTP library."""
     root = type(error).__module__.partition(".")[0]
     libraries = ("aiohttp", "h11", "http", "httpcore", "httpx", "httpx2", "urllib3")
-    return isinstance(error, OSError) or root in libraries
+    return _is_network_error(error) or root in libraries
 
 
 def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
@@ -3934,6 +4017,14 @@ async def _anext_bytes(reads: AsyncIterator[bytes], reader: _Reader) -> bytes | 
     return None
 
 
+def _current_loop() -> Any:
+    """Return asyncio's event loop, or what stands for trio's."""
+    import anyio.lowlevel  # httpx brings it
+
+    token = anyio.lowlevel.current_token()
+    return getattr(token, "native_token", token)
+
+
 def _open_client(request: _Request, reader: _Reader, loop: Any = None) -> Any:
     """Return the client, to be entered. Raises APIError; the reader keeps it."""
     try:
@@ -3969,10 +4060,7 @@ def _stream_answer(request: _Request, reader: Any) -> Generator[Any]:
 async def _astream_answer(request: _Request, reader: Any) -> AsyncGenerator[Any]:
     """Async twin of `_stream_answer`; it also reads the end over HTTP/2."""
     _load_httpx()
-    import anyio.lowlevel  # httpx brings it
-
-    loop = anyio.lowlevel.current_token()
-    async with _open_client(request, reader, loop) as client:
+    async with _open_client(request, reader, _current_loop()) as client:
         with reader.deadline:
             response = await _asend(request, reader, client)
         async with aclosing(response):
@@ -4122,12 +4210,6 @@ class _AnswerMixin:
     def response(self) -> Response | None:
         """The latest httpx.Response, also of an attempt that failed; else None."""
         return self._reader.control.response
-
-    def _completion_with_headers(self) -> ChatCompletion:
-        completion = self.completion
-        if self.response is not None:
-            completion.response_headers = dict(self.response.headers)
-        return completion
 
 
 class _SurrogateJoiner:
@@ -4700,14 +4782,14 @@ def _generate(request: _Request) -> ChatCompletion:
     with ChatStream(request) as stream:
         for _ in stream:
             pass
-        return stream._completion_with_headers()
+        return stream._reader.completion_with_headers()
 
 
 async def _agenerate(request: _Request) -> ChatCompletion:
     async with AsyncChatStream(request) as stream:
         async for _ in stream:
             pass
-        return stream._completion_with_headers()
+        return stream._reader.completion_with_headers()
 
 
 def generate(messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
@@ -4772,8 +4854,7 @@ class _Client:
                 raise TypeError(f"{name} is an option of the client, not of a call")
         merged = {**self._options, **options}
         for name in ("headers", "extra_body"):
-            both = self._options.get(name), options.get(name)
-            merged[name] = {**(both[0] or {}), **(both[1] or {})}
+            merged[name] = _mapping(self._options, name) | _mapping(options, name)
         return merged
 
     def _new_chat_request(
@@ -4813,7 +4894,7 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
     def close(self) -> None:
         """Close the connections."""
-        for client in self._source.clients_here():
+        for client in self._source.begin_close():
             client.close()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -4848,9 +4929,7 @@ class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
 
     async def aclose(self) -> None:
         """Close the connections."""
-        import anyio.lowlevel
-
-        for client in self._source.clients_here(anyio.lowlevel.current_token()):
+        for client in self._source.begin_close(_current_loop()):
             await client.aclose()
 
     async def __aexit__(self, *exc_info: object) -> None:
