@@ -4357,9 +4357,11 @@ class _Reconnection:
             raise ValueError("last_event_id: expected no line end, NUL or surrogate")
         if on_error is not None and not callable(on_error):
             raise TypeError(f"on_error: expected a function, got {on_error!r}")
+        if inspect.iscoroutinefunction(on_error):  # nothing would await it
+            raise TypeError("on_error: expected a plain function, got an async one")
         if not re.fullmatch("[A-Za-z]+", method):
             raise ValueError(f"method: expected a name such as GET, got {method!r}")
-        self.url = url
+        self.url = str(url)  # an httpx.URL will do, too
         self.method = method
         self._own_headers = _check_headers(dict(headers or {}))
         self._last_event_id = last_event_id
@@ -4367,6 +4369,7 @@ class _Reconnection:
         self._max_retry = _check_wait("max_retry", max_retry)
         self._max_event_bytes = max_event_bytes
         self._on_error = on_error
+        self.must_wait = False  # until the next attempt: the last connection has ended
         self._failures = 0  # waits since the last event, or since the start
         self._retry_after = 0.0
         self._source: EventSource | None = None
@@ -4436,15 +4439,18 @@ class _Reconnection:
 
     def end(self, fault: Exception | None) -> None:
         """Take the end of a connection. Raises the fault if it ends the stream."""
+        self.must_wait = True
         if fault is None:
             return
-        response = getattr(fault, "response", None)
-        if response is not None:  # an event hook called raise_for_status()
+        response = _raised_response(fault)
+        if response is not None:
             fault = self._status_error(response)
         if isinstance(fault, SSEError):
             is_temporary = _is_temporary_status(fault.status_code)
         else:
-            is_temporary = _is_transport_error(fault)
+            # httpx's RuntimeErrors are mistakes of a hook, not of the network.
+            is_runtime_error = isinstance(fault, RuntimeError)
+            is_temporary = _is_transport_error(fault) and not is_runtime_error
         if not is_temporary or type(fault).__name__ in _OWN_FAULTS:
             raise fault
         self.report(fault)
@@ -4462,6 +4468,7 @@ class _Reconnection:
             longest = min(first * 2.0 ** min(self._failures, 30), limit)
             wait = max(wait, uniform(longest / 2, longest))
         self._failures += 1
+        self.must_wait = False
         wait, self._retry_after = max(wait, self._retry_after), 0.0
         return wait
 
@@ -4523,8 +4530,13 @@ class _Listener:
         """Return a context manager for the client; it closes only one made here."""
         if self._client is not None:
             return nullcontext(self._client)
-        # A redirect may lead to an https URL.
-        return _new_client(self._kind, may_need_tls=True)
+        try:
+            # A redirect may lead to an https URL.
+            return _new_client(self._kind, may_need_tls=True)
+        except Exception as error:
+            problem = _environment_error(error)
+        # Raised here, so that an exception that may hold a password is not its context.
+        raise SSEError(str(problem)) from problem.__cause__
 
     def build(self, client: Any) -> Any:
         """Return the request of the next attempt."""
@@ -4575,7 +4587,11 @@ def _listen(listener: _Listener) -> Generator[ServerSentEvent]:
     """Yield the events of one connection after the other."""
     plan, control = listener.plan, listener.control
     with listener.open() as client:
-        while not control.is_closed:
+        while True:
+            if plan.must_wait:
+                control.wait(plan.wait())
+            if control.is_closed:
+                return
             request = listener.build(client)
             fault: Exception | None = None
             try:
@@ -4592,7 +4608,6 @@ def _listen(listener: _Listener) -> Generator[ServerSentEvent]:
                 fault = error
             if not control.is_closed:
                 plan.end(fault)
-                control.wait(plan.wait())
 
 
 async def _anext_event(events: Any, control: _Control) -> ServerSentEvent | None:
@@ -4608,7 +4623,12 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
 
     plan, control = listener.plan, listener.control
     async with listener.open() as client:
-        while not control.is_closed:
+        while True:
+            if plan.must_wait:
+                with control.interruptible():
+                    await anyio.sleep(plan.wait())
+            if control.is_closed:
+                return
             request = listener.build(client)
             fault: Exception | None = None
             try:
@@ -4632,35 +4652,61 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
                 fault = error
             if not control.is_closed:
                 plan.end(fault)
-                with control.interruptible():
-                    await anyio.sleep(plan.wait())
 
 
 class _EventsMixin:
     """What EventStream and AsyncEventStream have in common."""
 
-    _plan: _Reconnection
+    _listener: _Listener
+    # Ctrl-C or the cancelling of a task has ended the generator, but not the stream.
+    _is_interrupted = False
 
     @property
     def last_event_id(self) -> str:
         """The id to give back to `listen` when the program starts again."""
-        return self._plan.last_event_id
+        return self._listener.plan.last_event_id
 
 
 class EventStream(_EventsMixin, _SyncStream[ServerSentEvent]):
-    """The events of a URL over any number of connections; see `listen`."""
+    """The events of a URL over any number of connections; see `listen`.
+
+    Where Ctrl-C or the cancelling of a task ended a wait for an event, the next wait
+    connects again.
+    """
 
     def __init__(self, listener: _Listener) -> None:
-        self._plan = listener.plan
+        self._listener = listener
         self._set_source(_listen(listener), listener.control)
+
+    def __next__(self) -> ServerSentEvent:
+        if self._is_interrupted:
+            self._is_interrupted = False
+            self._items.close()
+            self._set_source(_listen(self._listener), self._control)
+        try:
+            return super().__next__()
+        except BaseException as error:
+            self._is_interrupted = not isinstance(error, Exception)
+            raise
 
 
 class AsyncEventStream(_EventsMixin, _AsyncStream[ServerSentEvent]):
     """Async twin of `EventStream`, for asyncio and trio."""
 
     def __init__(self, listener: _Listener) -> None:
-        self._plan = listener.plan
+        self._listener = listener
         self._set_source(_alisten(listener), listener.control)
+
+    async def __anext__(self) -> ServerSentEvent:
+        if self._is_interrupted:
+            self._is_interrupted = False
+            await self._items.aclose()
+            self._set_source(_alisten(self._listener), self._control)
+        try:
+            return await super().__anext__()
+        except BaseException as error:
+            self._is_interrupted = not isinstance(error, Exception)
+            raise
 
 
 def listen(

@@ -6804,7 +6804,7 @@ def reset(connection):
 
 
 NETWORK = httpx.TransportError
-OWN_TIMEOUT = {"timeout": httpx.Timeout(9, read=0.2)}
+OWN_TIMEOUT = {"timeout": httpx.Timeout(9, read=0.5)}
 GOES_ON = {  # what a server does, options; the error that on_error gets, if any
     "the end of a body": (answer_of(b": hi\n\n"), {}, None),
     "an empty body": (answer_of(), {}, None),
@@ -6816,8 +6816,8 @@ GOES_ON = {  # what a server does, options; the error that on_error gets, if any
     "a reset for an answer": (play(reset), {}, NETWORK),
     "a head that is cut": (HEAD[:-9], {}, NETWORK),
     "no HTTP": (b"nonsense\r\n\r\n", {}, NETWORK),
-    "no head for the timeout": (play(5), {"timeout": 0.2}, httpx.ReadTimeout),
-    "silence in the body": (play(HEAD, PING, 5), OWN_TIMEOUT, httpx.ReadTimeout),
+    "no head for the timeout": (play(GONE), {"timeout": 0.5}, httpx.ReadTimeout),
+    "silence in the body": (play(HEAD, PING, GONE), OWN_TIMEOUT, httpx.ReadTimeout),
     **{f"status {n}": (refuse(n), {}, n) for n in (408, 429, *range(500, 505), 599)},
     "an error that never ends": (play(ERROR_HEAD, PING, GONE), {}, 500),
 }  # fmt: skip
@@ -6832,7 +6832,7 @@ async def test_what_does_not_end_it(chat, delays, row):
         async with own_client(chat, limits=ONE) as own:
             options = {"client": own, "on_error": errors.append} | options
             events = await listen_to_end(chat, server.url, **options)
-    assert [event.data for event in events if event.data != "y"] == ["x"]
+    assert [event.data for event in events] == ["x"]
     assert len(server.heads) == 3
     if expected is None:
         assert errors == []
@@ -6842,6 +6842,21 @@ async def test_what_does_not_end_it(chat, delays, row):
     else:
         [error] = errors
         assert isinstance(error, expected)
+
+
+async def test_a_mistake_in_a_hook_is_no_network_error(chat, delays):
+    def log(response):
+        return response.text  # which has not been read
+
+    async def alog(response):
+        return response.text
+
+    with serve(X) as server:
+        hooks = {"response": [log if chat is SYNC else alog]}
+        async with own_client(chat, event_hooks=hooks) as own:
+            with pytest.raises(httpx.ResponseNotRead):
+                await listen_to_end(chat, server.url, client=own)
+        assert len(server.heads) == 1
 
 
 async def test_comments_are_no_silence(chat, delays):
@@ -7034,6 +7049,26 @@ async def test_waits_differ_by_chance(chat):
     assert len({*one[1:], *other[1:]}) == 16
 
 
+async def test_a_wait_that_is_cancelled_is_not_the_end(chat, delays):
+    """Nor is Ctrl-C in one: for the next event it connects again, at once."""
+    first = play(HEAD, b"id: 1\ndata: a\n\n", GONE)
+    with serve(in_turn(first, answer_of(b"data: b\n\n"), END)) as server:
+        source = listening(chat, server.url)
+        assert (await anext(source)).data == "a"
+        if chat is SYNC:
+            main = threading.main_thread().ident
+            threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt):
+                await anext(source)
+        else:
+            with anyio.move_on_after(0.1) as scope:
+                await anext(source)
+            assert scope.cancelled_caught
+        assert [(event.data, event.id) async for event in source] == [("b", "1")]
+        assert ids_sent(server) == [None, "1", "1"]
+        assert server.left.acquire(timeout=PATIENCE)
+
+
 async def test_it_does_wait(chat):
     with serve(in_turn(answer_of(b"retry: 100\ndata: x\n\n"), END)) as server:
         source = listening(chat, server.url, retry=60)
@@ -7186,6 +7221,7 @@ REFUSED = [  # options, the error, and what it says
     ),
     *(({"last_event_id": id}, TypeError, "last_event_id") for id in (7, b"7")),
     ({"on_error": "print"}, TypeError, "on_error"),
+    ({"on_error": call}, TypeError, "on_error.*async"),
     ({"method": "GET /"}, ValueError, "method"),
     ({"headers": {"X": "a\nb"}}, ValueError, "header"),
     ({"headers": {"X\0": "a"}}, ValueError, "header"),
