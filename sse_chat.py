@@ -5158,7 +5158,7 @@ exit codes: 0 whole; 1 an error of the server, the network or a file; 2 wrong us
 141 the reader of the output has left
 
 environment: OPENAI_BASE_URL, OPENAI_API_KEY (no option takes the key: all users of a
-machine see options), OPENAI_MODEL, OLLAMA_HOST, NO_COLOR"""
+machine see options), OPENAI_MODEL, OLLAMA_HOST (gets no key), NO_COLOR"""
 
 _EXAMPLES = """\
 options of a call, beside the fields of the request:
@@ -5193,7 +5193,7 @@ def _parser() -> argparse.ArgumentParser:
     flag = functools.partial(add, action="store_true")
     add("prompt", nargs="*", type=_utf8, help="the question; - is standard input")
     about = "a file of JSON messages to go on with; it keeps each answer"
-    add("-c", "--conversation", metavar="FILE", default="", help=about)
+    add("-c", "--conversation", metavar="FILE", help=about)
     about = "default: OPENAI_MODEL, else the first the server lists"
     add("-m", "--model", type=_utf8, help=about)
     add("-s", "--system", type=_utf8, metavar="TEXT", help="a system message")
@@ -5216,12 +5216,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Return the options, and as the prompt the other words and all that follow --."""
+    options = list(itertools.takewhile("--".__ne__, argv))
+    args = _parser().parse_intermixed_args(options)
+    args.prompt += map(_utf8, argv[len(options) + 1 :])
+    return args
+
+
 _CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
 
 def _printable(text: str) -> str:
     """Return text that cannot steer a terminal: control and bidi characters escaped."""
+    text = text.replace("\r\n", "\n")
     return re.sub(_CONTROLS, lambda found: ascii(found[0])[1:-1], text)
+
+
+def _leave_to_null_device(stream: Any) -> None:
+    """Have the rest of an output go nowhere: Python writes it again at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Screen:
@@ -5257,18 +5271,25 @@ class _Screen:
             text = _printable(text)
             if not os.environ.get("NO_COLOR"):
                 text = f"\x1b[2m{text}\x1b[0m"
-        print(text, end="", file=sys.stderr, flush=True)
+        self.write_error(text)
 
     def note(self, text: str) -> None:
         """Write what the program itself has to say, as lines of their own."""
         self.begin_error_line()
-        print(f"sse_chat: {_printable(text)}", file=sys.stderr, flush=True)
+        self.write_error(f"sse_chat: {_printable(text)}\n")
 
     def wait(self) -> None:
         """Show dots on a terminal until something else is written."""
         if sys.stderr.isatty():
-            print("...", end="\r", file=sys.stderr, flush=True)
+            self.write_error("...\r")
             self.has_dots = True
+
+    def write_error(self, text: str) -> None:
+        """Write to standard error. Where that fails, the answer still goes on."""
+        try:
+            print(text, end="", file=sys.stderr, flush=True)
+        except OSError:
+            _leave_to_null_device(sys.stderr)
 
     def end_lines(self) -> None:
         """End the line of an answer and that of its thinking."""
@@ -5284,10 +5305,10 @@ class _Screen:
         """Remove the dots, and end the line of the thinking."""
         if self.has_dots:
             self.has_dots = False
-            print("   ", end="\r", file=sys.stderr, flush=True)
+            self.write_error("   \r")
         if self.in_thinking:
             self.in_thinking = False
-            print(file=sys.stderr, flush=True)
+            self.write_error("\n")
 
     def end_answer(self) -> None:
         if self.in_answer:
@@ -5432,6 +5453,14 @@ def _prompt(words: list[str]) -> str:
     return text
 
 
+def _drop_cut_calls(completion: ChatCompletion, is_whole: bool) -> None:
+    """Drop the tool calls that may be cut off: none of them can be run."""
+    for choice in completion.choices:
+        has_ended = is_whole or choice.finish_reason is not None
+        if not has_ended or _reason_limit(choice.finish_reason):
+            choice.message.tool_calls = None
+
+
 def _call_line(call: Json) -> str:
     """Return a tool call as a line of JSON."""
     function = call.get("custom") or call.get("function") or {}
@@ -5485,10 +5514,12 @@ def _curl(request: Any) -> str:
         name, equals, value = pair.partition("=")
         fields.append(f"{_shell_text(name)}{equals}{_shell_text(value, name)}")
     url = _shell_text(url) + mark + "&".join(fields)
-    lines = ["curl -N"]
+    lines = ["curl -gN"]  # -g: brackets and braces in a URL are no patterns
     for name, value in request.headers.items():
         if name not in ("connection", "content-length", "host"):  # which curl makes
-            lines.append(f'-H "{name}: {_shell_text(value, name)}"')
+            # curl's way to send a header without a value ends in a semicolon.
+            header = f"{name}: {_shell_text(value, name)}" if value else f"{name};"
+            lines.append(f'-H "{header}"')
     lines.append(f"-d @- \"{url}\" <<'END'")
     return " \\\n  ".join(lines) + f"\n{request.content.decode()}\nEND\n"
 
@@ -5506,11 +5537,13 @@ def _prepare_readline() -> None:
 def _read_line() -> tuple[str, str]:
     """Read a command and its argument, or "" and a question."""
     text = input(">>> ").rstrip()
-    if text.startswith("/") and "\n" not in text:
+    is_open = text.startswith('"""') and text.count('"""') < 2
+    if "\n" in text and not is_open:  # a pasted text is one question as it is
+        return "", text.strip("\n")
+    if text.startswith("/"):
         command, _, argument = text.partition(" ")
         return command, argument.strip()
-    # A pasted text that only begins with a docstring is one question as it is.
-    if text.startswith('"""') and (text.count('"""') < 2 or text.endswith('"""')):
+    if is_open or (text.startswith('"""') and text.endswith('"""')):
         while text.count('"""') < 2:
             text += "\n" + input("... ")
         text = text[3:].rstrip().removesuffix('"""')
@@ -5538,8 +5571,10 @@ class _Program:
         self.screen = screen
         self.model = args.model or os.environ.get("OPENAI_MODEL", "").strip()
         self.options = dict(map(_option, args.option))
-        self.conversation = _Conversation(args.conversation)
-        self.has_more_turns = bool(args.conversation)
+        if args.conversation == "":
+            raise ValueError("-c wants the name of a file")
+        self.conversation = _Conversation(args.conversation or "")
+        self.has_more_turns = args.conversation is not None
         if args.system is not None:
             self.conversation.set_system(args.system)
         # The state of the latest turn.
@@ -5554,6 +5589,8 @@ class _Program:
                 self.screen.answer(f"{name}\n")
             return 0
         prompt = _prompt(self.args.prompt)
+        if self.args.dry_run and not prompt:
+            raise ValueError("--dry-run wants a prompt")
         if not self.model:
             # Without a list: the server may need no name.
             with suppress(APIStatusError, APIResponseValidationError):
@@ -5580,7 +5617,9 @@ class _Program:
         transport = httpx.MockTransport(refuse)
         with (
             httpx.Client(transport=transport, trust_env=False) as catcher,
-            ChatClient(base_url=self.args.base_url, client=catcher) as self.client,
+            ChatClient(
+                base_url=self.args.base_url, api_key=self.args.api_key, client=catcher
+            ) as self.client,
             suppress(APIStatusError),
         ):
             self.ask(prompt)
@@ -5595,29 +5634,38 @@ class _Program:
         except BaseException as error:
             has_answer = self.keep(prompt)
             self.screen.end_lines()
-            is_stopped = isinstance(error, KeyboardInterrupt)
-            if is_stopped and self.has_more_turns and not has_answer:
-                self.screen.note("the question was not kept")
+            if isinstance(error, APIError):
+                _drop_cut_calls(error.completion, is_whole=False)
+                self.show_rest(error.completion)
+            is_stopped = isinstance(error, (KeyboardInterrupt, TruncatedStreamError))
+            if is_stopped and not has_answer:
+                self.tell_it_is_not_kept()
+            if isinstance(error, TruncatedStreamError) and self.exit_code:
+                self.screen.note(error.message)  # it could not be saved, besides
+                return self.exit_code
             raise
         self.screen.end_lines()
-        if completion.limit:
-            for choice in completion.choices:
-                choice.message.tool_calls = None  # one may be cut off: none can be run
-        if not self.args.json:
-            self.show_rest(completion)
+        _drop_cut_calls(completion, is_whole=True)
+        self.show_rest(completion)
         has_answer = self.keep(prompt, completion)
         if self.args.usage:
             self.times.append(time.monotonic())
             name = completion.model or self.model
-            self.screen.note(f"{name}: {_spent(completion.usage, self.times)}")
+            spent = _spent(completion.usage, self.times)
+            self.screen.note(": ".join(filter(None, [name, spent])))
         if completion.limit:
             limit = _LIMITS[completion.limit]
             self.screen.note(f"the answer is not whole: it stopped at {limit}")
-            return 3
-        if not has_answer:
+        elif not has_answer:
             self.screen.note("the answer is empty")
-            return 3
-        return self.exit_code
+        if not has_answer:
+            self.tell_it_is_not_kept()
+        is_whole = has_answer and not completion.limit
+        return self.exit_code or (0 if is_whole else 3)
+
+    def tell_it_is_not_kept(self) -> None:
+        if self.has_more_turns:
+            self.screen.note("the question was not kept")
 
     def ask(self, prompt: str) -> ChatCompletion:
         """Ask, show what comes and return the whole. Raises APIError."""
@@ -5682,6 +5730,8 @@ class _Program:
 
     def show_rest(self, completion: ChatCompletion) -> None:
         """Show tool calls, and the other answers where there are several."""
+        if self.args.json:
+            return
         for choice in completion.choices:
             if choice.index > 0:
                 text = choice.message.content or choice.message.refusal or ""
@@ -5759,7 +5809,7 @@ class _Program:
         """Go on with the conversation in a file; into an empty file, save this one."""
         if not name:
             raise ValueError("/file wants the name of a file")
-        conversation = _Conversation(name)
+        conversation = _Conversation(os.path.expanduser(name))
         if not conversation.messages:
             conversation.messages = self.conversation.messages
             conversation.save()
@@ -5767,12 +5817,16 @@ class _Program:
         return f"{name} holds {len(conversation.messages)} messages"
 
 
-def _command_line_base_url(given: str | None) -> str:
-    """Return where to ask: `given`, OPENAI_BASE_URL, OLLAMA_HOST, or the default."""
+def _find_server(given: str | None) -> tuple[str, str | None]:
+    """Return where to ask: `given`, OPENAI_BASE_URL, OLLAMA_HOST, or the default.
+
+    And the key for it, None for OPENAI_API_KEY. Ollama needs none, and OLLAMA_HOST may
+    be a machine to which nobody meant to send that.
+    """
     url = given or os.environ.get("OPENAI_BASE_URL", "").strip()
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
     if url or not host:
-        return url or DEFAULT_BASE_URL
+        return url or DEFAULT_BASE_URL, None
     # OLLAMA_HOST is scheme://host:port/path, any part of which may be missing.
     forms = r"(?s)\A(\w+://)?(\[.*\]|[^/:]*|[^/]*)(:\d+)?:?(/.*)?\Z"
     scheme, host, port, path = re.findall(forms, host)[0]
@@ -5782,7 +5836,7 @@ def _command_line_base_url(given: str | None) -> str:
         host = f"[{host}]"
     # Ollama listens on 0.0.0.0 or [::], all addresses, to which no client can connect.
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    return f"{scheme or 'http://'}{host}{port}{path.rstrip('/')}/v1"
+    return f"{scheme or 'http://'}{host}{port}{path.rstrip('/')}/v1", ""
 
 
 def _prepare_streams() -> None:
@@ -5795,7 +5849,9 @@ def _prepare_streams() -> None:
         raise OSError("standard output is closed")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            # A pipe gets all of an answer, whatever the locale can hold.
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
 
 
 def _show_retries(screen: _Screen) -> None:
@@ -5839,13 +5895,15 @@ def main(argv: list[str] | None = None) -> int:
         with ExitStack() as stack:
             _prepare_streams()
             stack.callback(sys.stdout.flush)
-            args = _parser().parse_intermixed_args(argv)
-            url = _command_line_base_url(args.base_url)
+            args = _parse(sys.argv[1:] if argv is None else argv)
+            url, args.api_key = _find_server(args.base_url)
             if args.demo:
                 os.environ["no_proxy"] = "*"  # no proxy leads to this process
                 url = stack.enter_context(demo_server(delay=0.02))
             args.base_url = url
-            client = ChatClient(base_url=url, timeout=args.timeout)
+            client = ChatClient(
+                base_url=url, api_key=args.api_key, timeout=args.timeout
+            )
             stack.enter_context(client)
             if sys.stderr.isatty():
                 _show_retries(screen)
@@ -5853,9 +5911,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # Standard output is full or closed, as a rule. Python would write the rest at
-        # its exit and fail again, so that goes to the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_to_null_device(sys.stdout)  # it is full or closed, as a rule
         if isinstance(error, BrokenPipeError):
             return 141  # the reader of our output has left: so do we, quietly
         return _complain(screen, error, url)
