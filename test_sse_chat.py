@@ -1649,8 +1649,19 @@ def chunk_in(piece):
 
 
 async def test_other_errors_of_the_iterable_are_not_caught():
+    async def araising():
+        yield BEGUN[0]
+        raise KeyError("k")
+
+    def raising():
+        yield BEGUN[0]
+        raise KeyError("k")
+
     with pytest.raises(KeyError):
-        await chunks_before(BEGUN, KeyError("k"))
+        list(sse_chat.iter_chunks(raising()))
+    with pytest.raises(KeyError):
+        async for _ in sse_chat.aiter_chunks(araising()):
+            pass
 
 
 # ---- a `finish_reason` that means failure (`error`, `abort`, `cancelled`,
@@ -1815,7 +1826,9 @@ SLOW_SERVERS |= {
     "no token: an empty one": ([HEAD, EMPTY, ALIVE], FIRST, Timeout, LATE, ""),
     "no token: a slow head": (SLOW_HEAD, ASYNC_FIRST, Timeout, LATE, ""),
     "no token: heads before the head": (SLOW_102, ASYNC_FIRST, Timeout, LATE, ""),
-    "no token: a slow error": ([ERROR_HEAD, ALIVE], ASYNC_FIRST, Timeout, LATE, ""),
+    "no token: a slow error": (
+        [ERROR_HEAD, ALIVE], FIRST, Timeout, f"HTTP 500: .*{LATE}", "",
+    ),
     "no models: silence": ([GONE], LIST | FIRST, Timeout, "0.4 s", ""),
     "no models: a slow body": (SLOW_BODY, LIST | FIRST, Timeout, "0.4 s", ""),
 }  # fmt: skip
@@ -1827,18 +1840,19 @@ async def test_first_token_timeout_ends_retries(chat):
     assert type(error) in (Status, Timeout)
 
 
+CLOCKED = """
+import threading
+options = {"base_url": url, "first_token_timeout": 60}
+answer = "".join(sse_chat.stream_chat("hi", **options).text())
+names = [thread.daemon for thread in threading.enumerate()]
+print(answer, names)
+"""
+
+
 def test_the_clock_of_the_first_token_keeps_no_program_alive():
-    """The threads that it needs in sync code are daemons."""
-    before, during = set(threading.enumerate()), set()
-
-    def look(connection):
-        during.update(threading.enumerate())
-
-    with serve(play(HEAD, look, 0.1, look, *HELLO)) as server:
-        before |= set(threading.enumerate())
-        assert ask_sync(server.url, first_token_timeout=9).text == "Hello"
-    assert during - before
-    assert all(thread.daemon for thread in during - before)
+    """Of its own thread: it has ended long before its minute is over."""
+    with serve(play(HEAD, 0.1, *HELLO)) as server:
+        assert run_program(CLOCKED, server.url) == "Hello [False, True]\n"
 
 
 # ---- an event that is not JSON, or larger than `max_event_bytes` (16 MiB); `[DONE]`
@@ -1894,6 +1908,9 @@ SERVERS |= {
 NEITHER = {"text": "", "if_broken": Truncated}  # no event stream and no JSON
 BODIES |= {
     "HTML": body(Invalid, PAGE, says="Sign in", kind="text/html", **NEITHER),
+    "HTML as a stream": body(Invalid, PAGE, says="Sign in", **NEITHER),
+    "text as a stream": body(Invalid, b"error code: 524\n", says="524", **NEITHER),
+    "a line as a stream": body(Invalid, b"Bad Gateway", says="Bad Gat", **NEITHER),
     "empty": body(Invalid, says="empty", kind="text/x-empty", **NEITHER),
     "blank": body(Invalid, b"\n\n", says="empty", **NEITHER),
 }
@@ -2224,24 +2241,6 @@ async def test_a_client_closes_only_its_own_pool(chat, waits):
         assert len(server.heads) == 2 + 4  # it is asked past once, and then retried
 
 
-@pytest.mark.life
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-async def test_a_forked_child_does_not_end_its_parents_stream(chat):
-    child_has_ended = threading.Event()
-    with serve(play(HEAD, BEGUN, lambda _: child_has_ended.wait(30), ENDING)) as server:
-        stream = chat.stream("hi", base_url=server.url)
-        assert (await anext(stream)).text == "Hel"
-        if (child := os.fork()) == 0:
-            with contextlib.suppress(BaseException):
-                del stream
-                gc.collect()
-            os._exit(0)
-        os.waitpid(child, 0)
-        child_has_ended.set()
-        answer = await take(stream)
-        assert (answer.error, answer.text) == (None, "lo")
-
-
 # ---- you close it while another thread or task waits for it: that one gets
 #      `TruncatedStreamError`
 
@@ -2300,9 +2299,9 @@ async def test_a_connection_is_used_again_after_the_end(chat, answer):
 
 async def test_the_clock_of_the_first_token_stops_with_its_call(chat):
     """Over the same connection, the next call may take longer."""
-    slow = play(HEAD, BEGUN, (PING, 0.1) * 5, ENDING)
+    slow = play(HEAD, BEGUN, (PING, 0.1) * 12, ENDING)
     with serve(in_turn(GOOD_KEPT, slow)) as server:
-        async with chat.client(base_url=server.url, first_token_timeout=0.4) as client:
+        async with chat.client(base_url=server.url, first_token_timeout=1) as client:
             answers = [await take(client.stream("hi")) for _ in range(2)]
         assert [(a.text, a.error) for a in answers] == [("Hello", None)] * 2
         assert server.connections == 1
@@ -2591,7 +2590,7 @@ async def test_every_slow_end_leaves_the_connection_free(chat, monkeypatch):
         try:
             if options.pop("only", chat) is chat:
                 await check_server(chat, steps, options, *due)
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             failures[name] = error
 
     rows = [(name, *row) for name, row in SLOW_SERVERS.items()]
@@ -3315,27 +3314,25 @@ def test_what_says_nothing_opens_no_choice_again(delta):
 # ---- After the last finish_reason ----------------------------------------------------
 
 
-BEATING = (PING, 0.05) * 80
+BEATING = (PING, 0.05) * 120
 ALL_ENDED = (HEAD, HELLO[:3])
-IN_TIME, LATER = ((0.15, FILTER_ALONE) * 3, USAGE_ALONE), (0.1, PING, USAGE_ALONE)
-ENDED_AGAIN = (event("!"), (PING, 0.05) * 10, event(finish="stop"), DONE)
-BRIEF_WAIT = {"timeout": 0.4}
+IN_TIME, LATER = ((0.3, FILTER_ALONE) * 3, USAGE_ALONE), (0.1, PING, USAGE_ALONE)
+ENDED_AGAIN = (event("!"), (PING, 0.05) * 20, event(finish="stop"), DONE)
+ONE_LATER = ((PING, 0.05) * 20, ONE_ENDS, DONE)
+BRIEF_WAIT = {"timeout": 0.8}
+THINKING = event(reasoning="hm", finish="stop")
 WAITS = {  # what a server does, options; the tokens told, the least and most seconds
-    "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, None, 0.4, 3),
-    "silence": ((*ALL_ENDED, GONE), BRIEF_WAIT, None, 0.4, 3),
-    "usage, silence": ((*ALL_ENDED, LATER, GONE), BRIEF_WAIT, 2, 0.4, 3),
-    "each event renews it": ((*ALL_ENDED, IN_TIME, BEATING), BRIEF_WAIT, 2, 0.8, 3.5),
-    "generate": ((*ALL_ENDED, BEATING), BRIEF_WAIT | {"how": "generate"}, None, 0.4, 3),
-    "a long timeout": ((*ALL_ENDED, BEATING), {"timeout": 20}, None, 0.6, 3.5),
+    "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, None, 0.8, 5),
+    "silence": ((*ALL_ENDED, GONE), BRIEF_WAIT, None, 0.8, 5),
+    "usage, silence": ((*ALL_ENDED, LATER, GONE), BRIEF_WAIT, 2, 0.8, 5),
+    "each event renews it": ((*ALL_ENDED, IN_TIME, BEATING), BRIEF_WAIT, 2, 1.6, 5),
+    "generate": ((*ALL_ENDED, BEATING), BRIEF_WAIT | {"how": "generate"}, None, 0.8, 5),
+    "a long timeout": ((*ALL_ENDED, BEATING), {"timeout": 20}, None, 1.2, 5),
+    # "stop" may come with a role or with reasoning: before the answer it ends nothing.
+    "no answer yet": ((HEAD, THINKING, 1.5, HELLO), {"timeout": 20}, None, 1.5, 5),
     # While a choice goes on, heartbeats are waited for.
-    "opened again": ((*ALL_ENDED, ENDED_AGAIN), BRIEF_WAIT, None, 0.5, 3),
-    "one of two ended": (
-        (*ALL_ENDED, (PING, 0.05) * 10, ONE_ENDS, DONE),
-        BRIEF_WAIT | {"n": 2},
-        None,
-        0.5,
-        3,
-    ),
+    "opened again": ((*ALL_ENDED, ENDED_AGAIN), BRIEF_WAIT, None, 1, 5),
+    "one of two ended": ((*ALL_ENDED, *ONE_LATER), BRIEF_WAIT | {"n": 2}, None, 1, 5),
 }
 
 
@@ -3354,9 +3351,9 @@ def wait_as(mode, steps, options):
 def test_the_wait_after_the_last_end_is_bounded(monkeypatch):
     """By 5 s or `timeout`, from the last event on: heartbeats are none."""
     assert sse_chat.ENDING_TIMEOUT == 5
-    monkeypatch.setattr(sse_chat, "ENDING_TIMEOUT", 0.6)
-    needs("trio")
-    ways = [*itertools.product(WAITS, ("sync", "asyncio", "trio"))]
+    monkeypatch.setattr(sse_chat, "ENDING_TIMEOUT", 1.2)
+    modes = filter(is_there, ("sync", "asyncio", "trio"))
+    ways = [*itertools.product(WAITS, modes)]
     with concurrent.futures.ThreadPoolExecutor(len(ways)) as pool:
         waiting = [pool.submit(wait_as, mode, *WAITS[name][:2]) for name, mode in ways]
     for way, each in zip(ways, waiting, strict=True):
@@ -4804,7 +4801,7 @@ async def test_streams_over_tls(chat):
         async with own_client(chat, verify=trusting, limits=ONE) as own:
             options["client"] = own
             assert (await ask(chat, **options)).text == "Hello"
-            error = (await ask(chat, **options, **FIRST)).error
+            error = (await ask(chat, **options, **FIRST_LONG)).error
             assert (type(error), len(server.heads)) == (Timeout, 2)
 
 
@@ -5364,7 +5361,7 @@ READ_TO_THE_END = {  # an answer, how many of them, options
 
 @pytest.mark.parametrize("case", READ_TO_THE_END.values(), ids=READ_TO_THE_END)
 def test_one_thread_times_all_streams(threads, case):
-    """It is started when it is first needed, and holds up no program."""
+    """It is started when it is first needed."""
     answer, number, options = case
     with serve(answer) as server:
         threads.clear()  # that of the server
@@ -5373,7 +5370,6 @@ def test_one_thread_times_all_streams(threads, case):
                 assert "".join(client.stream("hi").text()) == "Hello"
         assert server.connections == 1
         assert len(threads) <= 1
-        assert all(thread.daemon for thread in threads)
 
 
 # ---- What users write in their tests: mocks, and hooks of the client -----------------
@@ -6052,6 +6048,10 @@ async def test_a_proxy_variable_that_is_refused_is_named(
     with pytest.raises(Unreachable, match=name):
         async with chat.client(base_url=NOBODY) as client:
             await anext(client.stream("hi"))
+    with pytest.raises(SSEError) as told:
+        await listen_to_end(chat, NOBODY)
+    assert name in str(told.value) and shown in str(told.value)
+    assert "canary" not in whole_chain(told.value)
 
 
 async def test_a_proxy_that_wants_a_login_is_told(chat, waits, monkeypatch):
@@ -6293,7 +6293,7 @@ async def test_the_callers_own_time_is_not_the_servers(chat):
             answer = await take(stream)
             assert type(answer.error) is (error or NoneType)
             assert error or answer.text == "Hello"
-            assert 0.2 < time.monotonic() - began < 5 or not error
+            assert 0.1 < time.monotonic() - began < 5 or not error
 
     if chat is ASYNC:
         return await check(0.6, None)
@@ -6431,14 +6431,16 @@ def test_an_encoding_that_we_do_not_unpack_is_named(encoding):
 
 
 async def test_what_httpx_has_unpacked_is_not_unpacked_again(chat):
-    """An encoding that neither knows is as httpx leaves it."""
+    """httpx leaves an encoding that it does not know as it is, and so do we."""
 
     async def aread(response):
         await response.aread()
 
     hook = {"response": [aread if chat is ASYNC else httpx.Response.read]}
-    cases = [*PACKED.values(), ("x-other", HELLO_BYTES)]
-    cases = [case for case in cases if case[1].count(b"\x1f\x8b") < 2]  # members: ours
+    # Of several members httpx unpacks the first alone.
+    one_member = ("gzip", gzip.compress(HELLO_BYTES))
+    cases = [case for case in PACKED.values() if case[0] == "deflate"]
+    cases += [one_member, ("x-other", HELLO_BYTES)]
     with serve(in_turn(*itertools.starmap(encoded, cases))) as server:
         async with own_client(chat, event_hooks=hook) as own:
             for _ in cases:
@@ -7509,16 +7511,18 @@ async def test_closing_wakes_who_waits(chat, phase):
 
 @pytest.mark.parametrize("redirects", [False, True], ids=["stream", "redirects"])
 def test_closing_before_the_headers_ends_the_stream_once_they_are_there(redirects):
-    asked = threading.Semaphore(0)
+    asked, closed = threading.Semaphore(0), threading.Event()
     head = [b"HTTP/1.1 307 Away\r\nLocation: /v1\r\nContent-Length: 0\r\n\r\n"]
     answer = [*head, KEEP] if redirects else [HEAD, [(EVENT, 0.05)] * 600]
-    slow = play(lambda connection: asked.release(), 0.2, *answer)
+    waits = (lambda _: asked.release(), lambda _: closed.wait(PATIENCE))
+    slow = play(*waits, *answer)
     with serve(slow) as server, sse_chat.listen(server.url) as source:
         got = []
         reader = threading.Thread(target=lambda: got.extend(source))
         reader.start()
         assert asked.acquire(timeout=PATIENCE)
         source.close()
+        closed.set()
         reader.join(PATIENCE)
         assert (reader.is_alive(), got, len(server.heads)) == (False, [], 1)
 
@@ -7596,14 +7600,17 @@ async def closed_from_a_thread(chat, source, waits, portal):
 
 async def test_it_asks_at_the_first_next_and_never_once_closed(chat):
     with serve(X) as server:
-        unread, closed = (listening(chat, server.url) for _ in range(2))
+        unread, closed, read = (listening(chat, server.url) for _ in range(3))
         for _ in range(2):
             await closed.aclose()
         assert [event async for event in closed] == []
         async with unread:
             pass
         assert [event async for event in unread] == []
-        assert server.connections == 0
+        async with read:
+            assert server.connections == 0
+            assert (await anext(read)).data == "x"
+            assert server.connections == 1
 
 
 def is_socket(descriptor):
