@@ -3133,6 +3133,44 @@ def test_the_most_telling_text_is_the_message(sent, due):
     assert re.fullmatch(re.escape(due) if isinstance(due, str) else due, error.message)
 
 
+@pytest.mark.parametrize("indent", [0, 150], ids="{} indented lines".format)
+def test_a_page_without_a_title_is_told_by_its_text(indent):
+    start = b"<html>" + b"\n        " * indent
+    page = start + b"<body><h1>Bad</h1> <b>gateway</b></body></html>"
+    with serve(http(page, status="404 No", kind="text/html")) as server:
+        assert ask_sync(server.url).error.message == "Bad gateway"
+
+
+def test_the_text_of_many_errors_has_a_limit():
+    many = [[{"message": "word " * 300}] * 10] * 10
+    assert len(chunks_in(sse({"errors": many})).error.message) <= 1000
+
+
+def test_an_error_without_a_body_has_none():
+    with serve(http(status="404 Not Here")) as server:
+        error = ask_sync(server.url).error
+    assert (error.message, error.body, error.response.content) == (
+        "Not Here",
+        None,
+        b"",
+    )
+
+
+def test_the_body_of_an_error_can_be_read_whatever_its_charset():
+    kind = "text/plain; charset=iso-8859-1"
+    with serve(http("é".encode(), status="400 No", kind=kind)) as server:
+        assert ask_sync(server.url).error.response.text == "é"
+
+
+@pytest.mark.parametrize("indent", [None, 1, 2])
+@pytest.mark.parametrize("end", ["}]", "}\n]"], ids=["on one line", "on two"])
+def test_a_list_of_an_error_on_lines_of_its_own_is_an_error(indent, end):
+    text = f"[{json.dumps({'error': {'message': TOLD}}, indent=indent)[:-1]}{end}\n"
+    for before in (BEGUN, [*BEGUN, STOPPED]):
+        error = chunks_in(*before, text.encode()).error
+        assert (type(error), error.message) == (APIError, TOLD)
+
+
 # ---- Ends ----------------------------------------------------------------------------
 
 FAILURE_STEMS = """error fail abort cancel timeout malformed interrupt network
@@ -3309,6 +3347,20 @@ def test_what_says_nothing_opens_no_choice_again(delta):
             answer = chunks_in(*HELLO[:3], sse(payload))
             assert answer.error is None
             assert answer.completion.choices[0].finish_reason == "stop"
+
+
+def test_a_whole_message_after_the_end_does_not_open_the_choice_again():
+    repeated = [
+        *BEGUN,
+        STOPPED,
+        message_event({"role": "assistant", "content": "Hello"}),
+    ]
+    for end in ([], [DONE]):
+        answer = chunks_in(*repeated, *end)
+        assert (answer.error, answer.text) == (None, "Hello")
+        assert answer.completion.choices[0].finish_reason == "stop"
+    more = chunks_in(*BEGUN, STOPPED, message_event({"content": "Hello!"}))
+    assert (type(more.error), more.text) == (Truncated, "Hello!")
 
 
 # ---- After the last finish_reason ----------------------------------------------------
@@ -3676,6 +3728,13 @@ def test_calls_in_one_list_are_told_by_their_places(calls, with_index):
         chunks.append([piece(n, arguments=text) for n, text in numbered])
     due = [(call.name, json.loads(call.arguments)) for call in calls]
     assert calls_of(joined(chunks, "tool_calls")) == due
+
+
+def test_an_index_that_is_no_number_is_none_however_the_piece_is_built():
+    piece = {"index": "0", "function": {"arguments": "x"}}
+    for more in ({}, {"id": "a"}):
+        made = sse_chat.ChoiceDeltaToolCall.from_dict(piece | more)
+        assert (made.index, made.function.arguments) == (None, "x")
 
 
 # ---- Messages go back as they came ---------------------------------------------------
@@ -4086,6 +4145,58 @@ async def test_a_message_goes_back_in_the_next_request(chat):
             assert json.loads(server.bodies[-1])["messages"] == [message]
 
 
+def test_halves_of_a_pair_are_joined_in_keys_and_parts_too():
+    """And the end of a text that began in parts adds no empty part."""
+    half, other = "\ud83d", "\ude42"
+    deltas = [{"content": half}, {"content": [{"type": "text", "text": other}]}]
+    deltas += [{"content": "", half + other: 1}]
+    message = accumulate(map(chunk_of, deltas)).choices[0].message
+    assert message.content == "🙂"
+    sent_back = message.to_dict()
+    assert sent_back["content"] == [{"type": "text", "text": "🙂"}]
+    assert sent_back["🙂"] == 1
+    assert ChatCompletion.from_dict({half: 1}).to_dict() == {"\ufffd": 1}
+
+
+def test_a_whole_message_may_follow_a_text_in_parts():
+    parts = {"content": [{"type": "text", "text": "Hel"}]}
+    for content in ("Hello", [{"type": "text", "text": "Hello"}]):
+        answer = chunks_in(
+            sse(said(parts)), message_event({"content": content}, "stop")
+        )
+        assert (answer.error, answer.text) == (None, "Hello")
+        assert answer.completion.text == "Hello"
+
+
+def test_a_changed_finish_reason_replaces_the_one_under_another_name():
+    choice = ChatCompletion.Choice.from_dict({"finishReason": "STOP", "message": {}})
+    assert (choice.finish_reason, choice.extra) == ("STOP", None)
+    choice.finish_reason, choice.extra = "length", None
+    assert choice.to_dict()["finish_reason"] == "length"
+    assert "finishReason" not in choice.to_dict()
+
+
+def test_a_whole_message_replaces_halves_of_a_pair():
+    halves = [with_text(rb"hi \ud83d"), with_text(rb"\ude42")]
+    answer = chunks_in(*halves, message_event({"content": "hi 🙂"}, "stop"))
+    assert (answer.error, answer.completion.text) == (None, "hi 🙂")
+
+
+def test_reasoning_that_is_no_text_is_not_lost():
+    chunk = chunk_of({"content": "hi", "reasoning": {"text": "hm"}})
+    assert chunk.choices[0].delta.extra == {"reasoning": {"text": "hm"}}
+    assert accumulate([chunk]).choices[0].message.extra["reasoning"]["text"] == "hm"
+
+
+def test_an_empty_list_of_tool_calls_does_not_go_back():
+    sent = {"role": "assistant", "content": "x", "tool_calls": []}
+    message = sse_chat.ChatCompletionMessage.from_dict(sent)
+    with serve(http(JSON, kind="application/json")) as server:
+        sse_chat.generate([message], base_url=server.url)
+    [sent_back] = json.loads(server.bodies[0])["messages"]
+    assert sent_back == {"role": "assistant", "content": "x"}
+
+
 # ---- Odd events in streams that are whole --------------------------------------------
 
 EMPTY_EVENTS = {
@@ -4233,6 +4344,18 @@ def test_a_json_choice_that_ended_needs_no_message():
         assert answer.completion.limit == "content_filter"
 
 
+def test_a_chunk_as_json_is_no_whole_answer():
+    """Its text would go with the delta, which Perplexity sends beside a message."""
+    answer = chunks_in(json.dumps(said({"content": "Hello"}, "stop")).encode())
+    assert (type(answer.error), "Hello" in answer.error.body) == (Invalid, True)
+
+
+def test_an_event_in_lines_that_is_cut_is_a_cut():
+    lines = b'data: {\ndata:  "choices": [\ndata:   72'
+    answer = chunks_in(*BEGUN, lines)
+    assert (type(answer.error), answer.text) == (Truncated, "Hello")
+
+
 # ---- Usage, models -------------------------------------------------------------------
 
 ZERO = dict.fromkeys(TOKENS_USED, 0)
@@ -4287,6 +4410,17 @@ async def test_models_as_a_bare_list(chat):
         assert await chat.models(base_url=s.url) == ["b"]
         with pytest.raises(APIError, match=TOLD):
             await chat.models(base_url=s.url)
+
+
+def test_a_silent_list_of_models_names_the_limit_that_ended_it():
+    with serve(play(JSON_HEAD, b'{"data": [', GONE)) as server:
+        for option, words in (
+            ("timeout", "timed out"),
+            ("first_token_timeout", "0.4 s"),
+        ):
+            limit = {"max_retries": 0, option: 0.4}
+            error = ask_sync(server.url, how="models", **limit).error
+            assert (type(error), words in error.message) == (Timeout, True)
 
 
 # ---- Halves of characters, sizes -----------------------------------------------------
@@ -4405,6 +4539,26 @@ def test_16_mib_of_error_text_take_little():
     with cpu(3):
         told = finished(ask_mock(SYNC, answer, **options))
     assert (type(told.error), told.error.message) == (APIError, "m")
+
+
+def test_json_that_is_too_deep_anywhere_is_no_answer():
+    deep = functools.reduce(lambda inner, _: [inner], range(150), 1)
+    for name in ("system_fingerprint", "service_tier", "object", "id", "x"):
+        answer = json.dumps(json.loads(JSON) | {name: deep}).encode()
+        assert type(chunks_in(answer).error) is Invalid
+
+
+def test_fields_may_be_any_mapping():
+    bias = types.MappingProxyType({"5": 1.0})
+    with serve(http(JSON, kind="application/json")) as server:
+        sse_chat.generate("hi", base_url=server.url, logit_bias=bias)
+    assert json.loads(server.bodies[0])["logit_bias"] == {"5": 1.0}
+
+
+def test_lists_have_a_limit_of_their_own():
+    for count, error in ((199_990, Truncated), (200_010, Invalid)):
+        sent = said({"content": "x", "y": [[]] * count})
+        assert type(chunks_in(sse(sent)).error) is error
 
 
 # ---- Secrets -------------------------------------------------------------------------
@@ -5650,6 +5804,24 @@ async def test_who_interrupts_a_transport_is_not_held_up(chat):
             await anext(chat.stream("hi", base_url=AT, client=own))
 
 
+async def test_a_hook_that_takes_the_body_of_an_error_leaves_its_status(chat):
+    async def atake(response):
+        async for _ in response.aiter_bytes():
+            pass
+        response.raise_for_status()
+
+    def take_all(response):
+        for _ in response.iter_bytes():
+            pass
+        response.raise_for_status()
+
+    hooks = {"response": [take_all if chat is SYNC else atake]}
+    with serve(refuse(400)) as server:
+        async with own_client(chat, event_hooks=hooks) as own:
+            error = (await ask(chat, server.url, client=own)).error
+    assert (type(error), error.status_code) == (Status, 400)
+
+
 # ---- Closing while another asks, waits, or is between two attempts -------------------
 
 
@@ -6277,6 +6449,126 @@ def test_no_secret_is_behind_an_error_about_options(key):
             assert not re.search("can.?ry", whole_chain(told.value))
 
 
+@pytest.mark.parametrize("how", ["stream", "generate", "models"])
+def test_a_header_of_the_caller_stands_in_place_of_ours(how):
+    with serve(http(MODELS if how == "models" else JSON)) as server:
+        ask_sync(server.url, how=how, headers={"Accept": "text/mine"})
+    assert header(server.heads[0], "accept") == ["text/mine"]
+
+
+def test_a_header_of_a_clients_call_replaces_the_key_of_the_environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    with (
+        serve(GOOD) as server,
+        sse_chat.ChatClient(base_url=server.url) as client,
+    ):
+        client.generate("hi")
+        client.generate("hi", headers={"x-goog-api-key": "mine"})
+    assert [CANARY in head for head in server.heads] == [True, False]
+
+
+ESCAPED_SECRETS = {
+    "emoji": "pass🙂🙂word",
+    "letters": "pässwörd",
+    "quotes": 'pass"word\\',
+}
+
+
+@pytest.mark.parametrize("secret", ESCAPED_SECRETS.values(), ids=ESCAPED_SECRETS)
+def test_secrets_are_found_in_any_escapes(secret):
+    """Of JSON, and of JSON in a text of JSON."""
+    told = json.dumps({"error": {"message": f"no {secret}, no"}})
+    for text in (told, json.dumps({"error": told})):
+        with serve(refuse(401, body=text.encode())) as server:
+            url = server.url.replace("//", f"//u:{urllib.parse.quote(secret)}@")
+            error = ask_sync(url).error
+        assert "no [secret], no" in error.message
+        assert secret not in everything(error)
+
+
+def test_a_slash_at_the_end_is_no_advice_for_base_url():
+    for how, path in (("generate", "/v1/chat/completions/"), ("models", "/v1/models/")):
+        with serve(refuse(307, f"Location: {path}")) as server:
+            assert "base_url gives" in ask_sync(server.url, how=how).error.advice
+
+
+@pytest.mark.parametrize("status", [200, 401], ids="status {}".format)
+async def test_the_login_of_a_client_is_a_secret(chat, status):
+    basic = base64.b64encode(b"user:canary-12345").decode()
+
+    def answer(request):
+        told = json.dumps({"error": {"message": request.headers["authorization"]}})
+        if status == 200:
+            return httpx.Response(200, text=f"data: {told}\n\n")
+        return httpx.Response(status, text=told)
+
+    transport, login = httpx.MockTransport(answer), ("user", "canary-12345")
+    async with own_client(chat, transport=transport, auth=login) as own:
+        error = (await ask(chat, AT, client=own, max_retries=0)).error
+    assert basic not in everything(error)
+    assert "no key" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["api-key", "X-API-Key", "Authorization"])
+@pytest.mark.parametrize("place", ["client", "call"])
+async def test_the_key_of_the_environment_goes_beside_no_other(
+    chat, monkeypatch, name, place
+):
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    sent = []
+
+    def answer(request):
+        sent.append(request.headers)
+        return httpx.Response(200, json=json.loads(JSON))
+
+    of_client = {"headers": {name: "mine"}} if place == "client" else {}
+    of_call = {"headers": {name: "mine"}} if place == "call" else {}
+    transport = httpx.MockTransport(answer)
+    async with own_client(chat, transport=transport, **of_client) as own:
+        await ask(chat, AT, client=own, **of_call)
+    assert sent[0][name] == "mine"
+    assert CANARY not in str(sent[0].raw)
+
+
+@pytest.mark.parametrize("how", ["generate", "models"])
+@pytest.mark.parametrize("host", ["http://other.example", ""], ids=["away", "here"])
+def test_the_advice_of_a_redirect_can_be_followed(how, host):
+    path = {"generate": "/v1/chat/completions", "models": "/v1/models"}[how]
+    away = {"location": f"{host}{path}"}
+    transport = httpx.MockTransport(lambda request: httpx.Response(301, headers=away))
+    with httpx.Client(transport=transport) as own:
+        error = ask_sync("http://h/old", client=own, how=how).error
+    base_url = error.advice.rpartition(" ")[2]
+    asked = []
+
+    def answer(request):
+        asked.append(str(request.url))
+        return httpx.Response(
+            200, json=json.loads(JSON if how == "generate" else MODELS)
+        )
+
+    with httpx.Client(transport=httpx.MockTransport(answer)) as own:
+        ask_sync(base_url, client=own, how=how)
+    assert asked == [f"{host or 'http://h'}{path}"]
+
+
+def test_a_client_reads_the_environment_once(monkeypatch):
+    asked = []
+
+    def answer(request):
+        asked.append(json.loads(request.content)["model"])
+        return httpx.Response(200, json=json.loads(JSON))
+
+    monkeypatch.setenv("OPENAI_MODEL", "first")
+    with httpx.Client(transport=httpx.MockTransport(answer)) as own:
+        client = sse_chat.ChatClient(client=own)
+        client.generate("hi")
+        monkeypatch.setenv("OPENAI_MODEL", "second")
+        client.generate("hi")
+        client.generate("hi", model="third")
+    assert asked == ["first", "first", "third"]
+
+
 # ---- The time for the first token ----------------------------------------------------
 
 
@@ -6320,6 +6612,18 @@ async def test_the_time_that_reading_takes_counts(chat):
         chat, lambda _: httpx.Response(200, stream=Flood()), **options
     )
     assert type(answer.error) is Timeout
+
+
+def test_audio_is_a_token():
+    """So what breaks after it has been cut off."""
+
+    def pieces():
+        yield sse(said({"audio": {"data": "AAAA"}}))
+        raise TimeoutError
+
+    answer = finished(take(Sync(sse_chat.iter_chunks(pieces()))))
+    assert type(answer.error) is Truncated
+    assert "a read timed out" in answer.error.message
 
 
 # ---- Unpacking -----------------------------------------------------------------------
@@ -7743,310 +8047,6 @@ def test_listening_refuses_packed_bodies_and_endless_redirects():
             source = sse_chat.listen("http://h/", client=own)
             with pytest.raises(SSEError, match=words):
                 next(source)
-
-
-@pytest.mark.parametrize("indent", [0, 150], ids="{} indented lines".format)
-def test_a_page_without_a_title_is_told_by_its_text(indent):
-    start = b"<html>" + b"\n        " * indent
-    page = start + b"<body><h1>Bad</h1> <b>gateway</b></body></html>"
-    with serve(http(page, status="404 No", kind="text/html")) as server:
-        assert ask_sync(server.url).error.message == "Bad gateway"
-
-
-def test_halves_of_a_pair_are_joined_in_keys_and_parts_too():
-    """And the end of a text that began in parts adds no empty part."""
-    half, other = "\ud83d", "\ude42"
-    deltas = [{"content": half}, {"content": [{"type": "text", "text": other}]}]
-    deltas += [{"content": "", half + other: 1}]
-    message = accumulate(map(chunk_of, deltas)).choices[0].message
-    assert message.content == "🙂"
-    sent_back = message.to_dict()
-    assert sent_back["content"] == [{"type": "text", "text": "🙂"}]
-    assert sent_back["🙂"] == 1
-    assert ChatCompletion.from_dict({half: 1}).to_dict() == {"\ufffd": 1}
-
-
-def test_a_whole_message_may_follow_a_text_in_parts():
-    parts = {"content": [{"type": "text", "text": "Hel"}]}
-    for content in ("Hello", [{"type": "text", "text": "Hello"}]):
-        answer = chunks_in(
-            sse(said(parts)), message_event({"content": content}, "stop")
-        )
-        assert (answer.error, answer.text) == (None, "Hello")
-        assert answer.completion.text == "Hello"
-
-
-def test_a_changed_finish_reason_replaces_the_one_under_another_name():
-    choice = ChatCompletion.Choice.from_dict({"finishReason": "STOP", "message": {}})
-    assert (choice.finish_reason, choice.extra) == ("STOP", None)
-    choice.finish_reason, choice.extra = "length", None
-    assert choice.to_dict()["finish_reason"] == "length"
-    assert "finishReason" not in choice.to_dict()
-
-
-async def test_a_hook_that_takes_the_body_of_an_error_leaves_its_status(chat):
-    async def atake(response):
-        async for _ in response.aiter_bytes():
-            pass
-        response.raise_for_status()
-
-    def take_all(response):
-        for _ in response.iter_bytes():
-            pass
-        response.raise_for_status()
-
-    hooks = {"response": [take_all if chat is SYNC else atake]}
-    with serve(refuse(400)) as server:
-        async with own_client(chat, event_hooks=hooks) as own:
-            error = (await ask(chat, server.url, client=own)).error
-    assert (type(error), error.status_code) == (Status, 400)
-
-
-def test_a_whole_message_after_the_end_does_not_open_the_choice_again():
-    repeated = [
-        *BEGUN,
-        STOPPED,
-        message_event({"role": "assistant", "content": "Hello"}),
-    ]
-    for end in ([], [DONE]):
-        answer = chunks_in(*repeated, *end)
-        assert (answer.error, answer.text) == (None, "Hello")
-        assert answer.completion.choices[0].finish_reason == "stop"
-    more = chunks_in(*BEGUN, STOPPED, message_event({"content": "Hello!"}))
-    assert (type(more.error), more.text) == (Truncated, "Hello!")
-
-
-def test_json_that_is_too_deep_anywhere_is_no_answer():
-    deep = functools.reduce(lambda inner, _: [inner], range(150), 1)
-    for name in ("system_fingerprint", "service_tier", "object", "id", "x"):
-        answer = json.dumps(json.loads(JSON) | {name: deep}).encode()
-        assert type(chunks_in(answer).error) is Invalid
-
-
-def test_fields_may_be_any_mapping():
-    bias = types.MappingProxyType({"5": 1.0})
-    with serve(http(JSON, kind="application/json")) as server:
-        sse_chat.generate("hi", base_url=server.url, logit_bias=bias)
-    assert json.loads(server.bodies[0])["logit_bias"] == {"5": 1.0}
-
-
-@pytest.mark.parametrize("how", ["stream", "generate", "models"])
-def test_a_header_of_the_caller_stands_in_place_of_ours(how):
-    with serve(http(MODELS if how == "models" else JSON)) as server:
-        ask_sync(server.url, how=how, headers={"Accept": "text/mine"})
-    assert header(server.heads[0], "accept") == ["text/mine"]
-
-
-def test_a_header_of_a_clients_call_replaces_the_key_of_the_environment(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    with (
-        serve(GOOD) as server,
-        sse_chat.ChatClient(base_url=server.url) as client,
-    ):
-        client.generate("hi")
-        client.generate("hi", headers={"x-goog-api-key": "mine"})
-    assert [CANARY in head for head in server.heads] == [True, False]
-
-
-def test_the_text_of_many_errors_has_a_limit():
-    many = [[{"message": "word " * 300}] * 10] * 10
-    assert len(chunks_in(sse({"errors": many})).error.message) <= 1000
-
-
-ESCAPED_SECRETS = {
-    "emoji": "pass🙂🙂word",
-    "letters": "pässwörd",
-    "quotes": 'pass"word\\',
-}
-
-
-@pytest.mark.parametrize("secret", ESCAPED_SECRETS.values(), ids=ESCAPED_SECRETS)
-def test_secrets_are_found_in_any_escapes(secret):
-    """Of JSON, and of JSON in a text of JSON."""
-    told = json.dumps({"error": {"message": f"no {secret}, no"}})
-    for text in (told, json.dumps({"error": told})):
-        with serve(refuse(401, body=text.encode())) as server:
-            url = server.url.replace("//", f"//u:{urllib.parse.quote(secret)}@")
-            error = ask_sync(url).error
-        assert "no [secret], no" in error.message
-        assert secret not in everything(error)
-
-
-def test_a_slash_at_the_end_is_no_advice_for_base_url():
-    for how, path in (("generate", "/v1/chat/completions/"), ("models", "/v1/models/")):
-        with serve(refuse(307, f"Location: {path}")) as server:
-            assert "base_url gives" in ask_sync(server.url, how=how).error.advice
-
-
-def test_a_silent_list_of_models_names_the_limit_that_ended_it():
-    with serve(play(JSON_HEAD, b'{"data": [', GONE)) as server:
-        for option, words in (
-            ("timeout", "timed out"),
-            ("first_token_timeout", "0.4 s"),
-        ):
-            limit = {"max_retries": 0, option: 0.4}
-            error = ask_sync(server.url, how="models", **limit).error
-            assert (type(error), words in error.message) == (Timeout, True)
-
-
-def test_an_index_that_is_no_number_is_none_however_the_piece_is_built():
-    piece = {"index": "0", "function": {"arguments": "x"}}
-    for more in ({}, {"id": "a"}):
-        made = sse_chat.ChoiceDeltaToolCall.from_dict(piece | more)
-        assert (made.index, made.function.arguments) == (None, "x")
-
-
-def test_a_whole_message_replaces_halves_of_a_pair():
-    halves = [with_text(rb"hi \ud83d"), with_text(rb"\ude42")]
-    answer = chunks_in(*halves, message_event({"content": "hi 🙂"}, "stop"))
-    assert (answer.error, answer.completion.text) == (None, "hi 🙂")
-
-
-def test_reasoning_that_is_no_text_is_not_lost():
-    chunk = chunk_of({"content": "hi", "reasoning": {"text": "hm"}})
-    assert chunk.choices[0].delta.extra == {"reasoning": {"text": "hm"}}
-    assert accumulate([chunk]).choices[0].message.extra["reasoning"]["text"] == "hm"
-
-
-@pytest.mark.parametrize("status", [200, 401], ids="status {}".format)
-async def test_the_login_of_a_client_is_a_secret(chat, status):
-    basic = base64.b64encode(b"user:canary-12345").decode()
-
-    def answer(request):
-        told = json.dumps({"error": {"message": request.headers["authorization"]}})
-        if status == 200:
-            return httpx.Response(200, text=f"data: {told}\n\n")
-        return httpx.Response(status, text=told)
-
-    transport, login = httpx.MockTransport(answer), ("user", "canary-12345")
-    async with own_client(chat, transport=transport, auth=login) as own:
-        error = (await ask(chat, AT, client=own, max_retries=0)).error
-    assert basic not in everything(error)
-    assert "no key" not in str(error)
-
-
-@pytest.mark.parametrize("name", ["api-key", "X-API-Key", "Authorization"])
-@pytest.mark.parametrize("place", ["client", "call"])
-async def test_the_key_of_the_environment_goes_beside_no_other(
-    chat, monkeypatch, name, place
-):
-    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    sent = []
-
-    def answer(request):
-        sent.append(request.headers)
-        return httpx.Response(200, json=json.loads(JSON))
-
-    of_client = {"headers": {name: "mine"}} if place == "client" else {}
-    of_call = {"headers": {name: "mine"}} if place == "call" else {}
-    transport = httpx.MockTransport(answer)
-    async with own_client(chat, transport=transport, **of_client) as own:
-        await ask(chat, AT, client=own, **of_call)
-    assert sent[0][name] == "mine"
-    assert CANARY not in str(sent[0].raw)
-
-
-def test_an_error_without_a_body_has_none():
-    with serve(http(status="404 Not Here")) as server:
-        error = ask_sync(server.url).error
-    assert (error.message, error.body, error.response.content) == (
-        "Not Here",
-        None,
-        b"",
-    )
-
-
-def test_the_body_of_an_error_can_be_read_whatever_its_charset():
-    kind = "text/plain; charset=iso-8859-1"
-    with serve(http("é".encode(), status="400 No", kind=kind)) as server:
-        assert ask_sync(server.url).error.response.text == "é"
-
-
-@pytest.mark.parametrize("how", ["generate", "models"])
-@pytest.mark.parametrize("host", ["http://other.example", ""], ids=["away", "here"])
-def test_the_advice_of_a_redirect_can_be_followed(how, host):
-    path = {"generate": "/v1/chat/completions", "models": "/v1/models"}[how]
-    away = {"location": f"{host}{path}"}
-    transport = httpx.MockTransport(lambda request: httpx.Response(301, headers=away))
-    with httpx.Client(transport=transport) as own:
-        error = ask_sync("http://h/old", client=own, how=how).error
-    base_url = error.advice.rpartition(" ")[2]
-    asked = []
-
-    def answer(request):
-        asked.append(str(request.url))
-        return httpx.Response(
-            200, json=json.loads(JSON if how == "generate" else MODELS)
-        )
-
-    with httpx.Client(transport=httpx.MockTransport(answer)) as own:
-        ask_sync(base_url, client=own, how=how)
-    assert asked == [f"{host or 'http://h'}{path}"]
-
-
-def test_a_client_reads_the_environment_once(monkeypatch):
-    asked = []
-
-    def answer(request):
-        asked.append(json.loads(request.content)["model"])
-        return httpx.Response(200, json=json.loads(JSON))
-
-    monkeypatch.setenv("OPENAI_MODEL", "first")
-    with httpx.Client(transport=httpx.MockTransport(answer)) as own:
-        client = sse_chat.ChatClient(client=own)
-        client.generate("hi")
-        monkeypatch.setenv("OPENAI_MODEL", "second")
-        client.generate("hi")
-        client.generate("hi", model="third")
-    assert asked == ["first", "first", "third"]
-
-
-def test_a_chunk_as_json_is_no_whole_answer():
-    """Its text would go with the delta, which Perplexity sends beside a message."""
-    answer = chunks_in(json.dumps(said({"content": "Hello"}, "stop")).encode())
-    assert (type(answer.error), "Hello" in answer.error.body) == (Invalid, True)
-
-
-@pytest.mark.parametrize("indent", [None, 1, 2])
-@pytest.mark.parametrize("end", ["}]", "}\n]"], ids=["on one line", "on two"])
-def test_a_list_of_an_error_on_lines_of_its_own_is_an_error(indent, end):
-    text = f"[{json.dumps({'error': {'message': TOLD}}, indent=indent)[:-1]}{end}\n"
-    for before in (BEGUN, [*BEGUN, STOPPED]):
-        error = chunks_in(*before, text.encode()).error
-        assert (type(error), error.message) == (APIError, TOLD)
-
-
-def test_audio_is_a_token():
-    """So what breaks after it has been cut off."""
-
-    def pieces():
-        yield sse(said({"audio": {"data": "AAAA"}}))
-        raise TimeoutError
-
-    answer = finished(take(Sync(sse_chat.iter_chunks(pieces()))))
-    assert type(answer.error) is Truncated
-    assert "a read timed out" in answer.error.message
-
-
-def test_an_event_in_lines_that_is_cut_is_a_cut():
-    lines = b'data: {\ndata:  "choices": [\ndata:   72'
-    answer = chunks_in(*BEGUN, lines)
-    assert (type(answer.error), answer.text) == (Truncated, "Hello")
-
-
-def test_lists_have_a_limit_of_their_own():
-    for count, error in ((199_990, Truncated), (200_010, Invalid)):
-        sent = said({"content": "x", "y": [[]] * count})
-        assert type(chunks_in(sse(sent)).error) is error
-
-
-def test_an_empty_list_of_tool_calls_does_not_go_back():
-    sent = {"role": "assistant", "content": "x", "tool_calls": []}
-    message = sse_chat.ChatCompletionMessage.from_dict(sent)
-    with serve(http(JSON, kind="application/json")) as server:
-        sse_chat.generate([message], base_url=server.url)
-    [sent_back] = json.loads(server.bodies[0])["messages"]
-    assert sent_back == {"role": "assistant", "content": "x"}
 
 
 # ---- Threads and memory; httpx2 alone; a real server ---------------------------------
