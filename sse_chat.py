@@ -1995,12 +1995,15 @@ class ChatAccumulator:
             if builder is None:
                 builder = self._open(choice.index)
             builder.add(choice)
-            reasons = [choice.finish_reason]
-            if choice.extra is not None:  # OpenRouter: beside "stop"
-                reasons.append(_string(choice.extra.get("native_finish_reason")))
-            for reason in filter(None, reasons):
-                if _is_failure(reason):
-                    self._failure = reason
+            if choice.finish_reason:
+                self._note_failure(choice.finish_reason)
+                if choice.extra is not None:  # OpenRouter: the model's own word
+                    native = _string(choice.extra.get("native_finish_reason"))
+                    self._note_failure(native or "")
+
+    def _note_failure(self, reason: str) -> None:
+        if _is_failure(reason):
+            self._failure = reason
 
     def _open(self, index: int) -> _ChoiceBuilder:
         if not 0 <= index < MAX_CHOICES:
