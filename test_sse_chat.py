@@ -218,7 +218,7 @@ def encoded(name, body):
     return http(body, headers=f"Content-Encoding: {name}\r\n")
 
 
-CANARY = "sk-canary/7f3a"  # in what servers say; where it is the key, it is in no error
+CANARY = "sk-canary/7f3a"  # a word of servers; no error shows it where it is the key
 CALL = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
 
 DONE = b"data: [DONE]\n\n"
@@ -259,7 +259,7 @@ HTML_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"
 ERROR_HEAD = b"HTTP/1.1 500 No\r\n\r\n"
 GOOD = chunked(*HELLO)
 
-# What does not end by itself, so far as a test may wait: bytes at once, or in time
+# Bodies without an end, as far as a test may wait: all at once, or bit by bit
 MUCH = [b"x" * 9999] * 20_000
 PINGS = [(PING * 999, 0.001)] * 20_000
 BLANKS = [b"\n" * 9999] * 2_000
@@ -441,7 +441,8 @@ def clean_environment():
 def no_word_of_asyncio(caplog):
     yield
     logged = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio"]
-    assert [text for text in logged if not text.startswith("Executing ")] == []  # slow
+    # "Executing … took 0.2 seconds" is no fault.
+    assert [text for text in logged if not text.startswith("Executing ")] == []
 
 
 @pytest.fixture
@@ -792,7 +793,8 @@ TEXT = st.lists(WORD | st.just(""), max_size=5).map("\n".join)
 RETRY = st.none() | st.integers(0, 10**12)
 MIB = 2**20
 LARGEST = b"data: " + bytes(16 * MIB - 6)
-# A stream of so many KiB; the MiB for bytes, text, lines of one event, and not of two
+# A stream of so many KiB, in reads; and how many MiB decoding it may take, which is
+# enough for the bytes, the text and the lines of one event, and not of two
 LARGE = {
     "one line": (lambda kib: [b"data: ", *[b"x" * 1024] * kib, b"\n\n"], 26),
     "many lines": (lambda kib: [*[b"data: " + b"x" * 1017 + b"\n"] * kib, b"\n"], 26),
@@ -1498,7 +1500,7 @@ SHORT, LONG = {"timeout": 0.4}, {"timeout": 1.5}
 FIRST, FIRST_LONG = {"first_token_timeout": 0.4}, {"first_token_timeout": 1.5}
 ASYNC_ALONE = {"only": ASYNC}  # in sync code nothing bounds it
 GENERATE, LIST = {"how": "generate"}, {"how": "models"}
-EMPTY = event("", role="assistant")  # no token, as all that follow are one
+EMPTY = event("", role="assistant")  # is no token; each of the following is one
 TOKENS = {
     "text": event("hm"),
     "reasoning_content": event(reasoning_content="hm"),
@@ -2157,7 +2159,7 @@ async def leave(how, make):
 @pytest.mark.parametrize("shared", [False, True], ids=["own pool", "shared pool"])
 @pytest.mark.parametrize("how", LEAVING)
 async def test_leaving_a_stream_closes_its_connection(chat, anyio_backend, how, shared):
-    """Over one connection each stream begins only when the one before is closed."""
+    """Over a pool of one connection, the next stream can only begin then."""
     if how in LEAVING[3 if chat is SYNC else 4 if anyio_backend[0] == "trio" else 6 :]:
         pytest.skip("sync code has no cancelling, trio no tasks, nor help for cycles")
     kept = []
@@ -2236,9 +2238,10 @@ async def test_a_client_closes_only_its_own_pool(chat, waits):
                     assert (await take(ours.stream("hi"))).text == "Hello"
             assert not own.is_closed
             assert await has_left(server)
-            async with chat.client(base_url=server.url, client=own) as ours:  # is dead:
+            async with chat.client(base_url=server.url, client=own) as ours:
                 assert type((await take(ours.stream("hi"))).error) is Unreachable
-        assert len(server.heads) == 2 + 4  # it is asked past once, and then retried
+        # The connection that was kept is dead: once more at once, and two retries.
+        assert len(server.heads) == 2 + 4
 
 
 # ---- you close it while another thread or task waits for it: that one gets
@@ -2249,7 +2252,7 @@ async def test_a_client_closes_only_its_own_pool(chat, waits):
 @pytest.mark.parametrize("how", ["close", "cancel"])
 @pytest.mark.parametrize("steps", WAITING.values(), ids=WAITING)
 async def test_closing_and_cancelling_wake_the_reader(chat, steps, how):
-    """By who closes the stream in another thread or task; by cancelling or Ctrl-C."""
+    """Another thread or task closes the stream; the task is cancelled, or Ctrl-C."""
     if (chat, steps, how) == (SYNC, (), "close"):
         pytest.skip("httpx has no response yet that could be closed")
     main, scope = threading.main_thread().ident, anyio.CancelScope()
@@ -3156,7 +3159,7 @@ def test_an_error_without_a_body_has_none():
     )
 
 
-def test_the_body_of_an_error_can_be_read_whatever_its_charset():
+def test_the_body_of_an_error_is_utf8_whatever_its_charset():
     kind = "text/plain; charset=iso-8859-1"
     with serve(http("é".encode(), status="400 No", kind=kind)) as server:
         assert ask_sync(server.url).error.response.text == "é"
@@ -4345,7 +4348,7 @@ def test_a_json_choice_that_ended_needs_no_message():
 
 
 def test_a_chunk_as_json_is_no_whole_answer():
-    """Its text would go with the delta, which Perplexity sends beside a message."""
+    """An answer as JSON has messages: a delta beside one (Perplexity's) is left out."""
     answer = chunks_in(json.dumps(said({"content": "Hello"}, "stop")).encode())
     assert (type(answer.error), "Hello" in answer.error.body) == (Invalid, True)
 
@@ -4526,7 +4529,7 @@ def test_the_limit_lets_a_long_answer_with_alternatives_pass():
     assert made[-1].top_logprobs[-1].bytes == [116, 104, 101]
 
 
-def test_16_mib_of_error_text_take_little():
+def test_16_mib_of_error_text_take_little_time():
     """The secrets of the request are looked for in all of it."""
     text, most = r'"abcd","\u0061\\\/","",', 16 * 2**20 - 100
     said_so = '{"error": {"message": "m", "x": [%s ""]}}' % (text * (most // len(text)))
@@ -4918,7 +4921,7 @@ def test_a_sync_stream_closed_elsewhere_over_http2_ends_at_the_next_data():
 
 @pytest.mark.life
 async def test_http2_streams_that_are_reset_are_asked_for_again(chat, waits):
-    """Once at once, as if the connection was kept; then as retries are allowed."""
+    """Once more at once, as where a kept connection is dead; then as often as allowed."""
     for retries in (0, 2):
         async with http2(chat) as (server, options):
             error = (await ask(chat, **options, max_retries=retries)).error
@@ -4928,7 +4931,7 @@ async def test_http2_streams_that_are_reset_are_asked_for_again(chat, waits):
 
 @pytest.mark.life
 async def test_a_hundred_http2_streams_do_not_make_the_next_spin(chat):
-    """They are left in sync code, where httpx waits for a place without end."""
+    """Sync code closes them first: there httpx would wait for ever until one ends."""
     async with http2(chat, *BEGUN, end=False) as (server, options):
         kept = [chat.stream("hi", **options) for _ in range(100)]
         for stream in kept:
@@ -5050,7 +5053,7 @@ async def test_a_key_that_no_header_can_hold_is_not_shown(chat):
 
 async def test_redacting_keys_changes_nothing_else(chat):
     for key, message, shown in (
-        ('sk-"canary"\\/7', 'bad sk-"canary"\\/7!', r"bad [^7]+!"),  # parsed, then cut
+        ('sk-"canary"\\/7', 'bad sk-"canary"\\/7!', r"bad [^7]+!"),  # escaped in JSON
         ("null", "null", "null"),  # what is short is no secret
         ("message", "the message", "the message"),
     ):
@@ -5480,7 +5483,7 @@ def check_program(name, module):
 
 @functools.cache
 def ends_of_programs():
-    """All of them, which ran at the same time, since they wait a lot."""
+    """Start all programs at the same time, since they wait a lot; give their ends."""
     program_file()  # made here, not by each of them
     cases = [(name, "httpx") for name in PROGRAMS] + [("cycles", "httpx2")]
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
@@ -6486,10 +6489,11 @@ def test_secrets_are_found_in_any_escapes(secret):
         assert secret not in everything(error)
 
 
-def test_a_slash_at_the_end_is_no_advice_for_base_url():
+def test_a_slash_that_a_redirect_adds_is_told_as_such():
     for how, path in (("generate", "/v1/chat/completions/"), ("models", "/v1/models/")):
         with serve(refuse(307, f"Location: {path}")) as server:
-            assert "base_url gives" in ask_sync(server.url, how=how).error.advice
+            advice = ask_sync(server.url, how=how).error.advice
+            assert advice == "the server wants a / at the end, which no base_url gives"
 
 
 @pytest.mark.parametrize("status", [200, 401], ids="status {}".format)
@@ -6995,7 +6999,7 @@ async def test_what_one_connection_leaves_to_the_next(chat, delays, row):
 
 
 async def test_the_last_event_id_is_that_of_the_event_given(chat):
-    """What has come beside it is not lost for who closes here and goes on later."""
+    """An event of the same read that was not given yet comes again after a restart."""
     body = b"id: 1\ndata: a\n\nid: 2\ndata: b\n\nid: 3\n\n"
     with serve(play(HEAD, body, GONE)) as server:
         source = listening(chat, server.url, last_event_id="0")
@@ -7670,7 +7674,8 @@ def test_every_event_comes_once_and_in_order_however_often_it_breaks(log, connec
 class Mortal(Server):
     """Counts, from after the Last-Event-ID on; may be killed, and started again.
 
-    It has so many lives, of some events each. Then it sends one more and ends.
+    Each of its `lives` is a number of events, after which it dies. After the last life
+    it sends one more event, and then answers 204.
     """
 
     def __init__(self, lives):
@@ -7734,9 +7739,9 @@ def speaking_tls():
 
 @contextlib.asynccontextmanager
 async def waiting(phase, chat):
-    """Where an event source waits: its server and options, and what tells that it does.
+    """Give a server, options, and a semaphore that says that the event source waits.
 
-    In a body it does once it has given the one event.
+    In the phases of a body the test releases it, once the one event has come.
     """
     waits = threading.Semaphore(0)
     client, options = {}, {}
@@ -7791,7 +7796,7 @@ WAITED_FOR = (*WOKEN_AT_ONCE, "connecting", "TLS handshake", "head", "HTTP/2 bod
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("phase", WAITED_FOR)
 async def test_closing_wakes_who_waits(chat, phase):
-    """Within 50 ms; in sync code elsewhere than in a body and a wait at the timeout."""
+    """Within 50 ms; in sync code in some phases only at the timeout."""
     at_once = chat is ASYNC or phase in WOKEN_AT_ONCE
     if (chat, phase) == (SYNC, "connecting"):
         pytest.skip("a function in place of a server has no timeout")
@@ -9476,7 +9481,7 @@ def perform(code: str, **names: Any) -> None:
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"} | names)
 
 
-# base_url, that of a demo server; and a test
+# The README's own fixture `base_url`, and its test, which run here with the others
 exec(
     snippet("@pytest.fixture", **{"import httpx": f"import {httpx.__name__} as httpx"})
 )
