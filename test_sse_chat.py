@@ -4921,7 +4921,7 @@ def test_a_sync_stream_closed_elsewhere_over_http2_ends_at_the_next_data():
 
 @pytest.mark.life
 async def test_http2_streams_that_are_reset_are_asked_for_again(chat, waits):
-    """Once more at once, as where a kept connection is dead; then as often as allowed."""
+    """Once at once, as where a kept connection is dead; then as often as allowed."""
     for retries in (0, 2):
         async with http2(chat) as (server, options):
             error = (await ask(chat, **options, max_retries=retries)).error
