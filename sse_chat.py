@@ -578,6 +578,14 @@ def _repair_strings(value: Any) -> Any:
     return _repair_surrogates(value) if isinstance(value, str) else value
 
 
+def _as_list(value: Any) -> Any:
+    """Return an object that stands in place of a list of one as such a list.
+
+    {} stands for an empty list: gateways in Lua know no difference.
+    """
+    return [value] if value and isinstance(value, dict) else value
+
+
 def _converter(hint: Any) -> Callable[[Any], Any]:
     """Return the function that converts a JSON value; it returns None if it cannot."""
     if hint in (int, float):
@@ -590,10 +598,8 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
     model: Any = args[0] if expected is list else hint
     if not hasattr(model, "from_dict"):
         return lambda sent: sent if type(sent) is expected else None
-    if expected is list:  # or one object in place of a list of one
-        return lambda sent: [
-            model.from_dict(d) for d in _dicts([sent] if type(sent) is dict else sent)
-        ]
+    if expected is list:
+        return lambda sent: [model.from_dict(d) for d in _dicts(_as_list(sent))]
     return lambda sent: model.from_dict(sent) if type(sent) is dict else None
 
 
@@ -759,7 +765,8 @@ class _Message(_Model):
         if content is not None and type(content) is not str:
             message.content = _text(content)
         message.reasoning_content = _find_reasoning(d)
-        # Their text is in reasoning_content now. A signature beside it has no field.
+        # The text of reasoning is in its field now; an object that has it stays in
+        # `extra`, with its signature.
         extra = {
             k: v for k, v in (message.extra or {}).items() if k not in _REASONING_NAMES
         }
@@ -1110,8 +1117,8 @@ class ChatCompletion(_CompletionBase, _HeadersMixin):
     """A whole answer, or the part of it that arrived.
 
     `raw` is all that the server sent; for a stream, what it would have sent at once.
-    `response_headers` are those of the HTTP response, names in lower case: in what
-    `generate` returns, and in the `completion` of an error.
+    `response_headers` are those of the HTTP response, with names in lower case. Only
+    what `generate` returns and the `completion` of an error have them.
     """
 
     @dataclass(repr=False)
@@ -1305,9 +1312,13 @@ def _reports_error(value: Any) -> bool:
         return value not in ("ok", "success", "null", "none", "false")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value != 0 and not 200 <= value < 300
-    if isinstance(value, dict) and not any(map(_is_container, value.values())):
-        return any(map(_reports_error, value.values()))  # Apertis: all fields are empty
     return bool(value)
+
+
+def _is_empty_error(error: Any) -> bool:
+    """Tell whether all fields of an error are empty, as in each chunk of Apertis."""
+    fields = error.values() if isinstance(error, dict) else [error]
+    return not any(_is_container(field) or _reports_error(field) for field in fields)
 
 
 def _find_error_without_choices(payload: Json) -> Any:
@@ -1340,9 +1351,10 @@ def _find_error(payload: Any) -> Any:
 
     if payload.get("object") == "error":
         return payload
+    choices = payload.get("choices")
     if not _ERROR_NAMES.isdisjoint(payload):
         error = payload.get("error")
-        if _reports_error(error):
+        if _reports_error(error) and not (choices and _is_empty_error(error)):
             # Beside a text or a number stands the message, if there is one (Spring).
             return error if isinstance(error, (dict, list)) else payload
         groq = payload.get("x_groq")
@@ -1351,7 +1363,6 @@ def _find_error(payload: Any) -> Any:
         minimax = payload.get("base_resp")
         if isinstance(minimax, dict) and _reports_error(minimax.get("status_code")):
             return minimax
-    choices = payload.get("choices")
     if not choices or type(choices) is not list:
         return _find_error_without_choices(payload)
     for choice in choices:
@@ -1550,7 +1561,9 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
         if value is None or (value == "" and old is not None):
             continue
         if isinstance(value, str) and name in _GROWING_NAMES:
-            if not isinstance(old, _GrowingList):
+            if isinstance(old, dict):
+                _merge(old, {"text": value}, depth + 1)
+            elif not isinstance(old, _GrowingList):
                 _add_text(target, name, value)
             elif value:
                 old.add([{"type": "text", "text": value}], depth)
@@ -1560,7 +1573,8 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
             target[name].add(value, depth)
         elif isinstance(value, dict):
             if not isinstance(old, dict):
-                old = target[name] = {}
+                text = old if isinstance(old, bytearray) else None
+                old = target[name] = {"text": text} if text else {}
             _merge(old, value, depth + 1)
         else:
             target[name] = _clean_copy(value, depth)
@@ -1615,12 +1629,17 @@ def _name_and_text(piece: ChoiceDeltaToolCall) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _is_json_object(data: bytearray) -> bool:
+def _parse_object(data: bytes | bytearray) -> Json | None:
+    """Return the JSON object in a text, None if it is none."""
     # Micro-optimization: this refuses most incomplete texts without parsing them.
     if data.lstrip()[:1] != b"{" or data.rstrip()[-1:] != b"}":
-        return False
+        return None
     value, _ = _parse_json(data.decode("utf-8", "surrogatepass"))
-    return isinstance(value, dict)
+    return value if isinstance(value, dict) else None
+
+
+def _is_json_object(data: bytearray) -> bool:
+    return _parse_object(data) is not None
 
 
 class _ToolCallBuilder:
@@ -1675,9 +1694,9 @@ class _ToolCallBuilder:
     def is_continued_by(self, piece: ChoiceDeltaToolCall) -> bool:
         """Tell whether a piece continues the call, or opens the next one.
 
-        Only a piece with a name can open a call, and only where this one has a name:
-        with another id, or where these arguments are complete already, and with the
-        same id also those of the piece.
+        Only a piece with a name can open a call, and only where this one has a name. It
+        does with another id; without an id, if the arguments here are complete; with
+        the same id, if those of the piece are complete as well, and others.
         """
         name, text = _name_and_text(piece)
         if not name or not self.name:
@@ -1688,7 +1707,10 @@ class _ToolCallBuilder:
             if self.id and piece.id != self.id:
                 return False
             # Gemini's adapters give two calls one id: the name of the function.
-            if self.text == b"{}" or not _is_json_object(bytearray(data)):
+            arguments = _parse_object(data)
+            if self.text == b"{}" or arguments is None:
+                return True
+            if _to_bytes(name) == self.name and arguments == _parse_object(self.text):
                 return True
         if len(data) >= len(self.text) and data.startswith(bytes(self.text)):
             # Two functions may be called with the same arguments.
@@ -1726,7 +1748,10 @@ class _ToolCallBuilder:
         if _is_json_object(self.text):
             return self.text
         before, last = self.text[: self._last_start], self.text[self._last_start :]
-        if (self._is_cumulative or before == last) and _is_json_object(last):
+        whole = _parse_object(last)
+        if whole is not None and (
+            self._is_cumulative or _parse_object(before) == whole
+        ):
             return last
         if self.text.startswith(b"{}") and _is_json_object(self.text[2:]):
             return self.text[2:]
@@ -1748,8 +1773,8 @@ class _ToolCalls:
     | has a name and no id, and that call has a name and  | a new call                |
     |   complete arguments, unless the piece has the same |                           |
     |   name and begins with these arguments              |                           |
-    | the same with that call's id, and the arguments of  | a new call                |
-    |   the piece are complete as well                    |                           |
+    | has a name and that call's id, and both have other  | a new call                |
+    |   complete arguments                                |                           |
     """
 
     def __init__(self) -> None:
@@ -1837,9 +1862,13 @@ class _ChoiceBuilder:
             logprobs = choice.logprobs.raw or choice.logprobs.to_dict()
             _merge(self._other_fields, {"logprobs": logprobs})
         if choice.finish_reason:
-            self._finish(choice.finish_reason)
+            self._finish(choice.finish_reason, choice.extra or {})
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: str, extra: Json) -> None:
+        # OpenRouter's reason is "stop" for all that it does not know.
+        native = _string(extra.get("native_finish_reason"))
+        if native and _is_failure(native):
+            reason = native
         self.last_reason = reason
         if _normalise_reason(reason) not in _UNFINISHED and not _is_failure(reason):
             self.finish_reason = reason
@@ -1925,16 +1954,16 @@ class _ChoiceBuilder:
             _add_text(self._message, "reasoning_content", text)
             return
         for name in _REASONING_NAMES:
-            sent = raw.get(name)
-            if sent and not _is_container(sent):
-                _add_text(self._message, name, _text(sent))
+            if not _is_container(raw.get(name)):  # those are in `extra`
+                _merge(self._message, {name: _text(raw.get(name)) or None})
 
     @property
-    def has_answer(self) -> bool:
-        """Whether text, a refusal, audio or a call has come."""
-        names = ("content", "refusal", "audio", "function_call")
-        has_part = any(self._message.get(name) for name in names)
-        return has_part or self._tool_calls is not None
+    def has_content(self) -> bool:
+        """Whether text, a refusal, a call or another part has come, or a limit."""
+        no_content = ("role", "reasoning_details", *_REASONING_NAMES)
+        has_part = any(v for k, v in self._message.items() if k not in no_content)
+        has_limit = bool(_reason_limit(self.finish_reason))
+        return has_part or has_limit or self._tool_calls is not None
 
     @property
     def failure(self) -> str:
@@ -1995,15 +2024,8 @@ class ChatAccumulator:
             if builder is None:
                 builder = self._open(choice.index)
             builder.add(choice)
-            if choice.finish_reason:
-                self._note_failure(choice.finish_reason)
-                if choice.extra is not None:  # OpenRouter: the model's own word
-                    native = _string(choice.extra.get("native_finish_reason"))
-                    self._note_failure(native or "")
-
-    def _note_failure(self, reason: str) -> None:
-        if _is_failure(reason):
-            self._failure = reason
+            if choice.finish_reason and _is_failure(builder.last_reason):
+                self._failure = builder.last_reason
 
     def _open(self, index: int) -> _ChoiceBuilder:
         if not 0 <= index < MAX_CHOICES:
@@ -2018,9 +2040,14 @@ class ChatAccumulator:
         return self._failure or next(filter(None, reasons), "")
 
     @property
-    def has_answer(self) -> bool:
-        """Whether a choice has more than a role and reasoning."""
-        return any(choice.has_answer for choice in self._choices.values())
+    def has_content(self) -> bool:
+        """Whether a choice has more than reasoning, or has come to a limit."""
+        return any(choice.has_content for choice in self._choices.values())
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a chunk has brought anything."""
+        return bool(self._choices or self._latest or self._identity)
 
     def has_ended(self, n_choices: int) -> bool:
         """Tell whether at least `n_choices` have come, and every one has ended."""
@@ -3052,6 +3079,11 @@ class _Control:
         self._scope: Any = None  # of anyio, around a wait of async code
         self._closed = threading.Event()
 
+    @property
+    def response_headers(self) -> dict[str, str]:
+        """The headers of the latest response, names in lower case."""
+        return dict(self.response.headers) if self.response is not None else {}
+
     def begin(self, response: Response) -> None:
         """Take the response of an attempt."""
         self.response = response
@@ -3261,27 +3293,19 @@ class _Reader:
     def fail(self, error: APIError) -> APIError:
         """Keep the error, and put the part of the answer that arrived on it."""
         error.place = error.place or self._expected.url
-        error.completion = self.completion_with_headers()
+        error.completion = self.completion
+        if type(error) is not APIConnectionError:  # where there is no response
+            redact = self._expected.redact
+            headers = self.control.response_headers.items()
+            error.completion.response_headers = {k: redact(v) for k, v in headers}
         self.error = error
         return error
-
-    def completion_with_headers(self) -> ChatCompletion:
-        """Return the answer so far with the headers of the response, if there is one.
-
-        Secrets are taken out: a server may send back what it was asked with.
-        """
-        completion = self.completion
-        if self.control.response is not None:
-            headers = self.control.response.headers.items()
-            redact = self._expected.redact
-            completion.response_headers = {k: redact(v) for k, v in headers}
-        return completion
 
     def attempt_error(self, error: APIError) -> APIError:
         """Return `error`, or the verdict if the caller or a time limit ended it."""
         if self.control.is_closed or self.deadline.has_passed:
             verdict = self.verdict()
-            verdict.status_code = error.status_code  # that came, but not all its body
+            verdict.status_code = error.status_code  # it came, but not all of its body
             return verdict
         return self.fail(error)
 
@@ -3598,11 +3622,13 @@ class _AnswerReader(_Reader):
         is_ending = self._is_ending
         has_reason = any(c.finish_reason is not None for c in chunk.choices)
         if has_reason or (is_ending and chunk.choices):
-            # Some servers send "stop" with the role, or with each piece of reasoning.
             is_ending = self._accumulator.has_ended(self._expected.n_choices)
-            is_ending = is_ending and self._accumulator.has_answer
         if is_ending:
-            self.deadline = _Deadline(self._expected.ending_timeout)
+            seconds = self._expected.ending_timeout
+            if not self._accumulator.has_content:
+                # Servers send "stop" with the role, or with each piece of reasoning.
+                seconds = self._expected.read_timeout
+            self.deadline = _Deadline(seconds)
         elif self._is_ending:
             self.deadline = _Deadline(None)  # a choice was opened again
         self._is_ending = is_ending
@@ -3646,7 +3672,8 @@ class _AnswerReader(_Reader):
             problem = f"neither an event stream nor JSON ({self._content_type()})"
             return self._invalid(problem, self._body.text)
         unknown = self._events.first_unknown_line
-        if unknown and not self._accumulator.completion.choices:  # labelled as a stream
+        is_cut_json = unknown[:1] in ("{", "[")
+        if unknown and not (is_cut_json or self._accumulator.has_begun):
             return self._invalid(f"no events ({self._content_type()})", unknown)
         return self._truncated(self._cut_off("it ended"))
 

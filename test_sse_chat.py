@@ -1336,12 +1336,21 @@ def test_an_empty_text_replaces_nothing():
     assert message.choices[0].message.function_call == sent[0] | sent[1] | {"name": "f"}
 
 
+def test_the_kind_of_an_object_stays_as_it_came():
+    for kind in ANSWER_TYPES:
+        assert kind.from_dict({"object": "text_completion"}).object == "text_completion"
+        assert kind.from_dict({"object": None}).object == kind().object
+
+
 def test_one_tool_call_needs_no_list():
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     whole = ChatCompletion.from_dict({"choices": [{"message": {"tool_calls": call}}]})
     for completion in (whole, accumulate([chunk_of({"tool_calls": call})])):
         assert shown(completion) == "a|f|{}"
     assert whole.choices[0].message.to_dict()["tool_calls"] == call
+    assert (
+        accumulate([chunk_of({"tool_calls": {}})]).choices[0].message.tool_calls is None
+    )
 
 
 def test_unknown_fields_are_merged():
@@ -2911,6 +2920,7 @@ ERROR_OBJECTS = {  # name: the object, its code
     "beside a choice": (said({"content": ""}) | {"error": {"message": TOLD}}, None),
     "beside no choices": ({"choices": [], "error": {"message": TOLD}}, None),
     "in a choice": (said(None, "error", error={"code": 502, "message": TOLD}), 502),
+    "in a choice that goes on": (said(None, None, error={"message": TOLD}), None),
     "in a choice that stopped": (said(None, "stop", error={"message": TOLD}), None),
     "in a second choice": (
         {"choices": [{"index": 0, "delta": {}}, {"index": 1, "error": TOLD}]},
@@ -3029,6 +3039,13 @@ async def test_an_error_of_any_shape_is_told_however_asked(chat):
                 TOLD,
                 error.code if code is ... else code,
             )
+
+
+def test_an_error_without_a_word_is_one():
+    """Beside no choices: the server had an exception whose text is empty."""
+    for empty in ({"message": ""}, {"message": None, "code": 0}, {"message": "null"}):
+        answer = chunks_in(*BEGUN, sse({"error": empty}), DONE)
+        assert (type(answer.error), answer.error.body) == (APIError, {"error": empty})
 
 
 def test_a_chunk_on_a_line_of_its_own_is_one():
@@ -3226,6 +3243,8 @@ def test_a_failure_beside_a_good_reason_is_one(done):
         answer = chunks_in(*BEGUN, sse(end), *done)
         assert (type(answer.error), answer.text) == (error, "Hello")
         assert error is NoneType or reason in str(answer.error)
+        ended = None if error is Truncated else "stop"
+        assert answer.completion.choices[0].finish_reason == ended
 
 
 def test_a_reason_may_be_an_object():
@@ -3376,6 +3395,7 @@ ENDED_AGAIN = (event("!"), (PING, 0.05) * 20, event(finish="stop"), DONE)
 ONE_LATER = ((PING, 0.05) * 20, ONE_ENDS, DONE)
 BRIEF_WAIT = {"timeout": 0.8}
 THINKING = event(reasoning="hm", finish="stop")
+AT_A_LIMIT = (event(reasoning="hm"), event(finish="length"))
 WAITS = {  # what a server does, options; the tokens told, the least and most seconds
     "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, None, 0.8, 5),
     "silence": ((*ALL_ENDED, GONE), BRIEF_WAIT, None, 0.8, 5),
@@ -3385,6 +3405,14 @@ WAITS = {  # what a server does, options; the tokens told, the least and most se
     "a long timeout": ((*ALL_ENDED, BEATING), {"timeout": 20}, None, 1.2, 5),
     # "stop" may come with a role or with reasoning: before the answer it ends nothing.
     "no answer yet": ((HEAD, THINKING, 1.5, HELLO), {"timeout": 20}, None, 1.5, 5),
+    "no answer comes": ((HEAD, THINKING, BEATING), BRIEF_WAIT, None, 0.8, 5),
+    "thinking at a limit": (
+        (HEAD, *AT_A_LIMIT, BEATING),
+        {"timeout": 20},
+        None,
+        1.2,
+        5,
+    ),
     # While a choice goes on, heartbeats are waited for.
     "opened again": ((*ALL_ENDED, ENDED_AGAIN), BRIEF_WAIT, None, 1, 5),
     "one of two ended": ((*ALL_ENDED, *ONE_LATER), BRIEF_WAIT | {"n": 2}, None, 1, 5),
@@ -3415,7 +3443,12 @@ def test_the_wait_after_the_last_end_is_bounded(monkeypatch):
         answer, seconds = each.result()
         *_, tokens, least, most = WAITS[way[0]]
         assert answer.error is None, way
-        assert answer.completion.text == "Hello" + "!" * (way[0] == "opened again"), way
+        due = {
+            "opened again": "Hello!",
+            "no answer comes": "",
+            "thinking at a limit": "",
+        }
+        assert answer.completion.text == due.get(way[0], "Hello"), way
         usage = answer.completion.usage
         assert (usage.total_tokens if usage else None) == tokens, way
         assert least - 0.05 <= seconds < most, way
@@ -3496,6 +3529,10 @@ TOOL_CALL_ROWS = {
     "the same id for two names": (
         '|a|f|{"x":0}+|a|g|{"x":0}',
         'a|f|{"x":0} a|g|{"x":0}',
+    ),
+    "the same call again with other white space": (
+        '0|f|f|{"x": 0|f||0} 0|f|f|{"x":\t0}',
+        'f|f|{"x":\t0}',
     ),
     "the same id, name and {}": ('0|a|f|{} 0|a|f|{"x":1}', 'a|f|{"x":1}'),
     "another id in each piece": ('0|1|f| 0|2||{"x": 0|3||1}', '1|f|{"x":1}'),
@@ -3986,6 +4023,25 @@ def test_reasoning_goes_back_under_the_name_that_the_server_has_for_it(names):
     for made in (whole_one, streamed):
         assert made.reasoning == made.choices[0].message.reasoning_content == "Hm"
         assert made.choices[0].message.to_dict() == message
+
+
+@pytest.mark.parametrize("kind", ["text", "thinking", "reasoning", "summary_text"])
+def test_parts_of_text_that_follow_each_other_are_one(kind):
+    pieces = [{"type": kind, "text": text} for text in ("H", "m")]
+    message = accumulate(chunk_of({"content": [piece]}) for piece in pieces)
+    due = [{"type": kind, "text": "Hm"}]
+    assert message.choices[0].message.to_dict()["content"] == due
+
+
+def test_reasoning_in_pieces_of_several_types_is_one():
+    """Numbers are tokens, and an object after a text keeps both."""
+    for pieces, text in (
+        ((1, 0, "%"), "10%"),
+        (("H", {"text": "m"}, {"signature": "s"}), "Hm"),
+        (({"text": "H"}, "m"), "Hm"),
+    ):
+        made = accumulate(chunk_of({"reasoning_content": piece}) for piece in pieces)
+        assert made.reasoning == text
 
 
 @pytest.mark.parametrize("name", REASONING)
