@@ -2243,7 +2243,7 @@ class _Secrets:
     """
 
     _NAME = re.compile(
-        r"auth|cookie|credential|jwt|key|passw|secret|session|token|signature|\bsig\b",
+        r"auth|cookie|credential|jwt|key|passw|secret|token|signature|\bsig\b",
         re.IGNORECASE,
     )
 
@@ -2596,9 +2596,9 @@ def _exception_text(cause: BaseException, outer: BaseException | None = None) ->
     return next(filter(None, texts), type(cause).__name__)
 
 
-def _is_network_error(cause: BaseException | None) -> bool:
-    """Tell whether an exception is an OSError of a connection, not of a file."""
-    return isinstance(cause, OSError) and cause.filename is None
+def _is_file_error(cause: BaseException) -> bool:
+    """Tell whether an exception is an OSError of a file, not of a connection."""
+    return isinstance(cause, OSError) and cause.filename is not None
 
 
 def _is_timeout(cause: BaseException | None) -> bool:
@@ -2642,7 +2642,7 @@ def _connection_error(
         type(each).__module__.startswith("h11") for each in causes
     ):
         error = APIConnectionError(f"the server broke the rules of HTTP: {words}")
-    elif kind in _BROKEN or _is_network_error(cause):
+    elif kind in _BROKEN or (isinstance(cause, OSError) and not _is_file_error(cause)):
         error = APIConnectionError(f"the connection broke before an answer: {words}")
         error.is_retryable = error.is_broken = True
     else:
@@ -2654,11 +2654,9 @@ def _environment_error(cause: Exception) -> APIConnectionError:
     """Return the error of a client that httpx could not make, and its variables."""
     from urllib.request import getproxies_environment
 
-    words = _exception_text(cause)
-    error_cause: Exception | None = cause
-    if any("@" in proxy for proxy in getproxies_environment().values()):
-        # httpx quotes a piece of the URL, which may be a piece of the password.
-        words, error_cause = type(cause).__name__, None
+    # httpx quotes a piece of the URL, which may be a piece of the password.
+    may_hold_login = any("@" in proxy for proxy in getproxies_environment().values())
+    words = type(cause).__name__ if may_hold_login else _exception_text(cause)
     if isinstance(cause, OSError):  # certificates that cannot be read
         names = ["SSL_CERT_FILE", "SSL_CERT_DIR"]
         error = APIConnectionError(f"cannot read the certificates: {words}")
@@ -2675,7 +2673,8 @@ def _environment_error(cause: Exception) -> APIConnectionError:
         if os.environ.get(name):
             found.append(f"{name} is {_without_login(os.environ[name])}")
     error.advice = ", ".join(found)
-    error.__cause__ = error_cause
+    if not may_hold_login:
+        error.__cause__ = cause
     return error
 
 
@@ -2745,7 +2744,7 @@ class _ClientSource:
     def open(self, request: _Request, loop: Any = None) -> Any:
         """Return a context manager for the client; one made for this call is closed.
 
-        Raises APIError if there is none any more, or none can be made.
+        Raises APIError if the client has been closed, or none can be made.
         """
         if self._is_closed:  # also in another process or event loop
             error = APIConnectionError("the request could not be sent: closed client")
@@ -2782,13 +2781,14 @@ class _ClientSource:
         raise environment_error
 
     def _forget_closed_loops(self) -> None:
-        """Leave clients of loops that are closed to garbage collection.
+        """Drop the clients of event loops that are closed.
 
-        Nothing else can close their connections. trio does not tell that a loop ended.
+        Only garbage collection can close their connections. asyncio alone tells whether
+        a loop is closed.
         """
         for home in list(self._clients):
-            _, loop = home or (0, None)
-            if getattr(loop, "is_closed", bool)():
+            is_closed = getattr(home and home[1], "is_closed", None)
+            if is_closed is not None and is_closed():
                 self._clients.pop(home, None)
 
     def begin_close(self, loop: Any = None) -> list[Any]:
@@ -2908,7 +2908,7 @@ class _Request:
     def add_secrets(self, request: Request) -> None:
         """Add the secrets that a caller's client has put in, and note if there are any.
 
-        Called again after sending: only then are those of its `auth` among the headers.
+        Called again after sending: only then has its `auth` put a key in.
         """
         self.secrets.add(request.headers, str(request.url))
         names = [*request.headers, *request.url.params]
@@ -2930,9 +2930,9 @@ class _Request:
             with suppress(RuntimeError):  # httpx.ResponseNotRead
                 body = response.content
             return self.status_error(response, body)
-        sent: Any = cause
-        with suppress(Exception):  # an exception of httpx has the request that was sent
-            self.add_secrets(sent.request)
+        httpx_error: Any = cause
+        with suppress(Exception):  # it has the request that was sent
+            self.add_secrets(httpx_error.request)
         words = self.secrets.redact(_exception_text(cause, outer))
         error = _connection_error(cause, words, self.url, outer)
         error.place = f"{_public_url(self.url)}, {self.retries.elapsed()}"
@@ -2995,14 +2995,15 @@ def _chat_request(
     }
     body |= {k: v for k, v in options.items() if k not in _CallOptions.__annotations__}
     body |= _mapping(options, "extra_body")
-    if not is_stream:  # an option of a client for its streams: servers refuse it here
+    if not body[
+        "stream"
+    ]:  # a client has them for its streams; servers refuse them here
         body.pop("stream_options", None)
     body = {name: value for name, value in body.items() if value is not None}
     text = json.dumps(body, default=_message_to_json, allow_nan=False)
     request.content = text.encode()
-    with suppress(
-        TypeError, ValueError, OverflowError
-    ):  # the server says what is wrong
+    # What is no number is left to the server to refuse.
+    with suppress(TypeError, ValueError, OverflowError):
         request.expected.n_choices = max(1, int(body.get("n", 1)))
     return request
 
@@ -3893,6 +3894,18 @@ def _set_read_timeout(request: Any, seconds: float | None) -> None:
     request.extensions.setdefault("timeout", {})["read"] = seconds
 
 
+def _error_body_seconds(deadline: _Deadline) -> float:
+    left = deadline.left
+    return _ERROR_BODY_TIMEOUT if left is None else min(left, _ERROR_BODY_TIMEOUT)
+
+
+def _sent_request(response: Any, built: Any) -> Any:
+    """Return the request that was sent: an auth flow may have made one of its own."""
+    with suppress(RuntimeError):  # the response of a mock may have none
+        return response.request
+    return built
+
+
 def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIError:
     """Send a request once. Return the response, or the error of the attempt.
 
@@ -3904,14 +3917,14 @@ def _attempt(request: _Request, reader: _Reader, client: Any) -> Response | APIE
         built = request.build(client, reader.deadline.left)
         try:
             response: Response = client.send(built, stream=True, follow_redirects=False)
-            built = response.request  # an auth flow may have sent one of its own
+            built = _sent_request(response, built)
         finally:
             request.add_secrets(built)
         reader.control.begin(response)
         if response.is_success:
             _set_read_timeout(built, request.timeout[1])
             return response
-        seconds = min(_ERROR_BODY_TIMEOUT, reader.deadline.left or _ERROR_BODY_TIMEOUT)
+        seconds = _error_body_seconds(reader.deadline)
         _set_read_timeout(built, seconds)
         encoding = _content_encoding(response)
         with closing(response):
@@ -3934,7 +3947,7 @@ async def _aattempt(
         try:
             with control.interruptible(deadline.left):
                 sent = await client.send(built, stream=True, follow_redirects=False)
-                response, built = sent, sent.request
+                response, built = sent, _sent_request(sent, built)
         finally:
             request.add_secrets(built)
         if response is None:
@@ -3942,7 +3955,7 @@ async def _aattempt(
         control.begin(response)
         if response.is_success:
             return response
-        seconds = min(_ERROR_BODY_TIMEOUT, deadline.left or _ERROR_BODY_TIMEOUT)
+        seconds = _error_body_seconds(deadline)
         encoding = _content_encoding(response)
         body = b""
         async with aclosing(response):
@@ -3983,7 +3996,7 @@ async def _asend(request: _Request, reader: _Reader, client: Any) -> Response:
             request.source.keeps_connections = True
             return result
         wait = request.wait_after(result, deadline.left)
-        if wait is None:
+        if wait is None or control.is_closed:
             raise reader.attempt_error(result)
         with control.interruptible():
             await anyio.sleep(wait)
@@ -3994,7 +4007,7 @@ def _is_transport_error(error: Exception) -> bool:
     """Tell whether an exception is one of a network or of an HTTP library."""
     root = type(error).__module__.partition(".")[0]
     libraries = ("aiohttp", "h11", "http", "httpcore", "httpx", "httpx2", "urllib3")
-    return _is_network_error(error) or root in libraries
+    return isinstance(error, OSError) or root in libraries
 
 
 def _next_bytes(reads: Iterator[bytes], reader: _Reader) -> bytes | None:
@@ -4241,6 +4254,11 @@ class _AnswerMixin:
         """The latest httpx.Response, also of an attempt that failed; else None."""
         return self._reader.control.response
 
+    def _completion_with_headers(self) -> ChatCompletion:
+        completion = self.completion
+        completion.response_headers = self._reader.control.response_headers
+        return completion
+
 
 class _SurrogateJoiner:
     """Joins surrogate pairs that were cut between two texts.
@@ -4372,8 +4390,6 @@ class _Reconnection:
 
     def __init__(
         self,
-        url: str,
-        method: str,
         headers: Mapping[str, str] | None,
         last_event_id: str,
         retry: float,
@@ -4389,17 +4405,14 @@ class _Reconnection:
             raise TypeError(f"on_error: expected a function, got {on_error!r}")
         if inspect.iscoroutinefunction(on_error):  # nothing would await it
             raise TypeError("on_error: expected a plain function, got an async one")
-        if not re.fullmatch("[A-Za-z]+", method):
-            raise ValueError(f"method: expected a name such as GET, got {method!r}")
-        self.url = str(url)  # an httpx.URL will do, too
-        self.method = method
         self._own_headers = _check_headers(dict(headers or {}))
         self._last_event_id = last_event_id
         self._retry = _check_wait("retry", retry)
         self._max_retry = _check_wait("max_retry", max_retry)
         self._max_event_bytes = max_event_bytes
         self._on_error = on_error
-        self.must_wait = False  # until the next attempt: the last connection has ended
+        self.must_wait = False  # whether a connection has ended since the last wait
+        self._due: float | None = None  # the end of a wait that has begun, monotonic
         self._failures = 0  # waits since the last event, or since the start
         self._retry_after = 0.0
         self._source: EventSource | None = None
@@ -4478,17 +4491,22 @@ class _Reconnection:
         if isinstance(fault, SSEError):
             is_temporary = _is_temporary_status(fault.status_code)
         else:
-            # httpx's RuntimeErrors are mistakes of a hook, not of the network.
-            is_runtime_error = isinstance(fault, RuntimeError)
-            is_temporary = _is_transport_error(fault) and not is_runtime_error
+            # Of hooks: a response that was not read, a file that cannot be opened.
+            is_mistake = isinstance(fault, RuntimeError) or _is_file_error(fault)
+            is_temporary = _is_transport_error(fault) and not is_mistake
         if not is_temporary or type(fault).__name__ in _OWN_FAULTS:
             raise fault
         self.report(fault)
 
     def wait(self) -> float:
-        """Return the seconds until the next attempt."""
+        """Return the seconds until the next attempt.
+
+        After a wait that was cancelled these are what is left of it.
+        """
         from random import uniform
 
+        if self._due is not None:
+            return max(0.0, self._due - time.monotonic())
         if self._source is not None and self._source.retry is not None:
             self._retry = min(self._source.retry, 1000 * int(_MAX_SECONDS)) / 1000
         wait = self._retry
@@ -4498,9 +4516,13 @@ class _Reconnection:
             longest = min(first * 2.0 ** min(self._failures, 30), limit)
             wait = max(wait, uniform(longest / 2, longest))
         self._failures += 1
-        self.must_wait = False
         wait, self._retry_after = max(wait, self._retry_after), 0.0
+        self._due = time.monotonic() + wait
         return wait
+
+    def end_wait(self) -> None:
+        self.must_wait = False
+        self._due = None
 
 
 def _same_origin(request: Request, other: Request) -> bool:
@@ -4545,16 +4567,26 @@ class _Listener:
     """The parts of both twins: the plan, the client and the request."""
 
     def __init__(
-        self, kind: str, client: Any, plan: _Reconnection, request: Json
+        self,
+        kind: str,
+        client: Any,
+        method: str,
+        url: str,
+        plan: _Reconnection,
+        request: Json,
     ) -> None:
         _check_client(kind, client)
+        if not re.fullmatch("[A-Za-z]+", method):
+            raise ValueError(f"method: expected a name such as GET, got {method!r}")
         self.plan = plan
         self.control = _Control()
         self._kind = kind
         self._client = client
+        self._method = method
+        self._url = str(url)  # an httpx.URL will do, too
         self._request = _check_request(request)
         if client is None:  # one may have a base_url, and take a path
-            _split_url("url", plan.url)
+            _split_url("url", self._url)
 
     def open(self) -> Any:
         """Return a context manager for the client; it closes only one made here."""
@@ -4570,9 +4602,8 @@ class _Listener:
 
     def build(self, client: Any) -> Any:
         """Return the request of the next attempt."""
-        plan = self.plan
         return client.build_request(
-            plan.method, plan.url, headers=plan.headers(), **self._request
+            self._method, self._url, headers=self.plan.headers(), **self._request
         )
 
 
@@ -4620,6 +4651,7 @@ def _listen(listener: _Listener) -> Generator[ServerSentEvent]:
         while True:
             if plan.must_wait:
                 control.wait(plan.wait())
+                plan.end_wait()
             if control.is_closed:
                 return
             request = listener.build(client)
@@ -4657,6 +4689,7 @@ async def _alisten(listener: _Listener) -> AsyncGenerator[ServerSentEvent]:
             if plan.must_wait:
                 with control.interruptible():
                     await anyio.sleep(plan.wait())
+                plan.end_wait()
             if control.is_closed:
                 return
             request = listener.build(client)
@@ -4688,7 +4721,7 @@ class _EventsMixin:
     """What EventStream and AsyncEventStream have in common."""
 
     _listener: _Listener
-    # Ctrl-C or the cancelling of a task has ended the generator, but not the stream.
+    # Set where Ctrl-C or a cancelled task has ended the generator; the stream goes on.
     _is_interrupted = False
 
     @property
@@ -4696,12 +4729,17 @@ class _EventsMixin:
         """The id to give back to `listen` when the program starts again."""
         return self._listener.plan.last_event_id
 
+    def _note_interruption(self, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            self._is_interrupted = True
+            self._listener.plan.end(None)  # as after any connection, it waits
+
 
 class EventStream(_EventsMixin, _SyncStream[ServerSentEvent]):
     """The events of a URL over any number of connections; see `listen`.
 
-    Where Ctrl-C or the cancelling of a task ended a wait for an event, the next wait
-    connects again.
+    Where Ctrl-C or the cancelling of a task ended a wait for an event, the connection
+    is closed, and the next wait connects again.
     """
 
     def __init__(self, listener: _Listener) -> None:
@@ -4716,7 +4754,7 @@ class EventStream(_EventsMixin, _SyncStream[ServerSentEvent]):
         try:
             return super().__next__()
         except BaseException as error:
-            self._is_interrupted = not isinstance(error, Exception)
+            self._note_interruption(error)
             raise
 
 
@@ -4735,7 +4773,7 @@ class AsyncEventStream(_EventsMixin, _AsyncStream[ServerSentEvent]):
         try:
             return await super().__anext__()
         except BaseException as error:
-            self._is_interrupted = not isinstance(error, Exception)
+            self._note_interruption(error)
             raise
 
 
@@ -4776,10 +4814,10 @@ def listen(
     body over HTTP/1, at once; otherwise with the next bytes or at the timeout.
     """
     plan = _Reconnection(
-        url, method, headers, last_event_id, retry, max_retry, max_event_bytes, on_error
+        headers, last_event_id, retry, max_retry, max_event_bytes, on_error
     )
     request["timeout"] = _check_timeout(timeout)
-    return EventStream(_Listener("Client", client, plan, request))
+    return EventStream(_Listener("Client", client, method, url, plan, request))
 
 
 def alisten(
@@ -4798,10 +4836,11 @@ def alisten(
 ) -> AsyncEventStream:
     """Async twin of `listen`; closing it wakes a task that waits, wherever it is."""
     plan = _Reconnection(
-        url, method, headers, last_event_id, retry, max_retry, max_event_bytes, on_error
+        headers, last_event_id, retry, max_retry, max_event_bytes, on_error
     )
     request["timeout"] = _check_timeout(timeout)
-    return AsyncEventStream(_Listener("AsyncClient", client, plan, request))
+    listener = _Listener("AsyncClient", client, method, url, plan, request)
+    return AsyncEventStream(listener)
 
 
 # ---- The ways to ask -----------------------------------------------------------------
@@ -4858,14 +4897,14 @@ def _generate(request: _Request) -> ChatCompletion:
     with ChatStream(request) as stream:
         for _ in stream:
             pass
-        return stream._reader.completion_with_headers()
+        return stream._completion_with_headers()
 
 
 async def _agenerate(request: _Request) -> ChatCompletion:
     async with AsyncChatStream(request) as stream:
         async for _ in stream:
             pass
-        return stream._reader.completion_with_headers()
+        return stream._completion_with_headers()
 
 
 def generate(messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
@@ -4948,7 +4987,7 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
     Its options hold for every call that does not give its own; `base_url`, `api_key`
     and `client` are the client's alone. Any number of threads may use it at once, and a
-    forked process opens connections of its own.
+    forked process opens connections of its own. Once closed, it refuses every call.
     """
 
     def __init__(self, **options: Unpack[ChatOptions]) -> None:
@@ -4978,7 +5017,10 @@ class ChatClient(_Client, AbstractContextManager["ChatClient"]):
 
 
 class AsyncChatClient(_Client, AbstractAsyncContextManager["AsyncChatClient"]):
-    """Async twin of `ChatClient`; an event loop after the first has its own pool."""
+    """Async twin of `ChatClient`; an event loop after the first has its own pool.
+
+    A client that was closed in one loop is closed in all.
+    """
 
     def __init__(self, **options: Unpack[ChatOptions]) -> None:
         super().__init__("AsyncClient", dict(options))

@@ -5300,8 +5300,10 @@ async def test_stream_options_are_for_streams(chat):
         async with chat.client(base_url=server.url, **options) as client:
             await take(client.stream("hi"))
             await client.generate("hi")
-    streamed, whole = map(json.loads, server.bodies)
-    assert streamed["stream_options"] == {"include_usage": True}
+            await client.generate("hi", extra_body={"stream": True})
+    streamed, whole, asked_to_stream = map(json.loads, server.bodies)
+    for body in (streamed, asked_to_stream):
+        assert body["stream_options"] == {"include_usage": True}
     assert "stream_options" not in whole
 
 
@@ -5788,6 +5790,21 @@ async def test_a_hook_that_raises_for_a_status_tells_the_status(
     assert len(server.heads) == requests
 
 
+async def test_a_response_without_a_request_is_as_good_as_another(chat, monkeypatch):
+    """As a test gives that puts its own `send` into httpx."""
+
+    def send(self, request, **options):
+        return httpx.Response(200, content=HELLO_BYTES)
+
+    async def asend(self, request, **options):
+        return httpx.Response(200, content=HELLO_BYTES)
+
+    monkeypatch.setattr(httpx.Client, "send", send)
+    monkeypatch.setattr(httpx.AsyncClient, "send", asend)
+    answer = await ask(chat, NOBODY)
+    assert (answer.error, answer.text) == (None, "Hello")
+
+
 class Odd(Exception):
     """What no library raises."""
 
@@ -5998,6 +6015,21 @@ async def test_close_in_the_wait_for_a_retry_sends_no_request(chat):
             assert await until(lambda: got)
         assert len(server.heads) == 1
         assert type(got[0].error) is Truncated
+        assert "closed here" in str(got[0].error)
+
+
+@pytest.mark.life
+async def test_close_in_the_body_of_an_error_waits_for_no_retry(chat):
+    head = b"HTTP/1.1 503 No\r\nRetry-After: 30\r\nContent-Length: 9\r\n\r\n"
+    with serve(play(head, GONE)) as server:
+        stream = chat.stream("hi", base_url=server.url)
+        async with anyio.create_task_group() as tasks:
+            got = await read_beside(tasks, chat, stream)
+            await until(lambda: server.heads)
+            await anyio.sleep(0.05)  # until it reads the body
+            await stream.aclose()
+            assert await until(lambda: got)
+        assert len(server.heads) == 1
         assert "closed here" in str(got[0].error)
 
 
@@ -7416,7 +7448,8 @@ async def test_waits_differ_by_chance(chat):
 
 
 async def test_a_wait_that_is_cancelled_is_not_the_end(chat, delays):
-    """Nor is Ctrl-C in one: for the next event it connects again, at once."""
+    """Nor is Ctrl-C in one: for the next event it connects again, as after any end."""
+    delays.clear()
     first = play(HEAD, b"id: 1\ndata: a\n\n", GONE)
     with serve(in_turn(first, answer_of(b"data: b\n\n"), END)) as server:
         source = listening(chat, server.url)
@@ -7432,7 +7465,26 @@ async def test_a_wait_that_is_cancelled_is_not_the_end(chat, delays):
             assert scope.cancelled_caught
         assert [(event.data, event.id) async for event in source] == [("b", "1")]
         assert ids_sent(server) == [None, "1", "1"]
+        assert delays[-2:] == [3, 3]
         assert server.left.acquire(timeout=PATIENCE)
+
+
+async def test_a_wait_goes_on_however_often_it_is_cancelled(anyio_backend):
+    """And the server is not asked before its time."""
+    asked = []
+    again = play(
+        lambda _: asked.append(time.monotonic()), refuse(503, "Retry-After: 1")
+    )
+    with serve(
+        in_turn(again, play(lambda _: asked.append(time.monotonic()), X))
+    ) as server:
+        async with sse_chat.alisten(server.url) as source:
+            events = []
+            while not events:
+                with anyio.move_on_after(0.2):
+                    events.append(await anext(source))
+    assert [event.data for event in events] == ["x"]
+    assert asked[1] - asked[0] >= 0.9
 
 
 async def test_it_does_wait(chat):
