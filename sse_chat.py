@@ -5230,7 +5230,7 @@ exit codes: 0 whole; 1 an error of the server, the network or a file; 2 wrong us
 141 the reader of the output has left
 
 environment: OPENAI_BASE_URL, OPENAI_API_KEY (no option takes the key: all users of a
-machine see options), OPENAI_MODEL, OLLAMA_HOST (gets no key), NO_COLOR"""
+machine see options), OPENAI_MODEL, OLLAMA_HOST (no key goes there), NO_COLOR"""
 
 _EXAMPLES = """\
 options of a call, beside the fields of the request:
@@ -5289,7 +5289,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Return the options, and as the prompt the other words and all that follow --."""
+    """Return the arguments; the prompt is all that is no option, or follows --."""
     options = list(itertools.takewhile("--".__ne__, argv))
     args = _parser().parse_intermixed_args(options)
     args.prompt += map(_utf8, argv[len(options) + 1 :])
@@ -5306,7 +5306,7 @@ def _printable(text: str) -> str:
 
 
 def _leave_to_null_device(stream: Any) -> None:
-    """Have the rest of an output go nowhere: Python writes it again at its exit."""
+    """Have the rest of a broken output go nowhere, also what Python writes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -5526,7 +5526,10 @@ def _prompt(words: list[str]) -> str:
 
 
 def _drop_cut_calls(completion: ChatCompletion, is_whole: bool) -> None:
-    """Drop the tool calls that may be cut off: none of them can be run."""
+    """Drop the tool calls of each choice in which one may be cut off.
+
+    That is one without a finish_reason, unless the answer is whole; and at a limit.
+    """
     for choice in completion.choices:
         has_ended = is_whole or choice.finish_reason is not None
         if not has_ended or _reason_limit(choice.finish_reason):
@@ -5704,22 +5707,24 @@ class _Program:
         try:
             completion = self.ask(prompt)
         except BaseException as error:
-            has_answer = self.keep(prompt)
+            is_kept = self.keep(prompt)
             self.screen.end_lines()
             if isinstance(error, APIError):
                 _drop_cut_calls(error.completion, is_whole=False)
                 self.show_rest(error.completion)
-            is_stopped = isinstance(error, (KeyboardInterrupt, TruncatedStreamError))
-            if is_stopped and not has_answer:
+            if (
+                isinstance(error, (KeyboardInterrupt, TruncatedStreamError))
+                and not is_kept
+            ):
                 self.tell_it_is_not_kept()
             if isinstance(error, TruncatedStreamError) and self.exit_code:
-                self.screen.note(error.message)  # it could not be saved, besides
-                return self.exit_code
+                self.screen.note(error.message)
+                return self.exit_code  # of the file, which could not be written
             raise
         self.screen.end_lines()
         _drop_cut_calls(completion, is_whole=True)
         self.show_rest(completion)
-        has_answer = self.keep(prompt, completion)
+        is_kept = self.keep(prompt, completion)
         if self.args.usage:
             self.times.append(time.monotonic())
             name = completion.model or self.model
@@ -5728,11 +5733,11 @@ class _Program:
         if completion.limit:
             limit = _LIMITS[completion.limit]
             self.screen.note(f"the answer is not whole: it stopped at {limit}")
-        elif not has_answer:
+        elif not is_kept:
             self.screen.note("the answer is empty")
-        if not has_answer:
+        if not is_kept:
             self.tell_it_is_not_kept()
-        is_whole = has_answer and not completion.limit
+        is_whole = is_kept and not completion.limit
         return self.exit_code or (0 if is_whole else 3)
 
     def tell_it_is_not_kept(self) -> None:
@@ -5889,11 +5894,11 @@ class _Program:
         return f"{name} holds {len(conversation.messages)} messages"
 
 
-def _find_server(given: str | None) -> tuple[str, str | None]:
+def _find_server_and_key(given: str | None) -> tuple[str, str | None]:
     """Return where to ask: `given`, OPENAI_BASE_URL, OLLAMA_HOST, or the default.
 
-    And the key for it, None for OPENAI_API_KEY. Ollama needs none, and OLLAMA_HOST may
-    be a machine to which nobody meant to send that.
+    Beside the URL stands the key: None for that of OPENAI_API_KEY, "" for none. Ollama
+    needs none, and OLLAMA_HOST may name a machine that nobody meant to show that key.
     """
     url = given or os.environ.get("OPENAI_BASE_URL", "").strip()
     host = os.environ.get("OLLAMA_HOST", "").strip(" \t\r\n\"'")
@@ -5921,7 +5926,7 @@ def _prepare_streams() -> None:
         raise OSError("standard output is closed")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A pipe gets all of an answer, whatever the locale can hold.
+            # What is no terminal has UTF-8, whatever characters the locale has.
             encoding = None if stream.isatty() else "utf-8"
             stream.reconfigure(encoding=encoding, errors="replace")
 
@@ -5954,6 +5959,8 @@ def _complain(screen: _Screen, error: Exception, url: str) -> int:
     advice = error.advice.replace("base_url", "--base-url")
     if error.status_code in (401, 403):
         advice = "is OPENAI_API_KEY set to the right key?"
+        if os.environ.get("OLLAMA_HOST"):
+            advice += " (none goes to OLLAMA_HOST: write -u URL)"
     elif type(error) is APIConnectionError and error.is_retryable:
         advice += "; --demo needs no server"
     screen.note(": ".join(filter(None, [f"{error.message}\n{where}", advice])))
@@ -5968,7 +5975,7 @@ def main(argv: list[str] | None = None) -> int:
             _prepare_streams()
             stack.callback(sys.stdout.flush)
             args = _parse(sys.argv[1:] if argv is None else argv)
-            url, args.api_key = _find_server(args.base_url)
+            url, args.api_key = _find_server_and_key(args.base_url)
             if args.demo:
                 os.environ["no_proxy"] = "*"  # no proxy leads to this process
                 url = stack.enter_context(demo_server(delay=0.02))

@@ -8437,6 +8437,7 @@ PARIS = '{"name": "weather", "arguments": {"city": "Paris 你"}}\n'
 NOWHERE = '{"name": "weather", "arguments": "{oops"}\n'
 CUSTOM_CALL = {"id": "c", "type": "custom", "custom": {"name": "sh", "input": "ls -l"}}
 CUSTOM = {"role": "assistant", "content": None, "tool_calls": [CUSTOM_CALL]}
+MALFORMED = said({}, "tool_calls", native_finish_reason="MALFORMED_FUNCTION_CALL")
 BYE, LIMITED = event("Bye", index=1), event("Bye", "length", index=1)
 TOOL_CALLS_SHOWN = {
     "a call": ([tool_call('{"city": "Paris 你"}'), *CALLED], 0, PARIS),
@@ -8451,6 +8452,11 @@ TOOL_CALLS_SHOWN = {
         [tool_call('{"city": "Paris 你"}'), event(finish="tool_calls"), LIMITED],
         3,
         f"{PARIS}---\nBye\n",
+    ),
+    "a call of an answer that failed": (
+        [tool_call('{"city": "Paris 你"}'), sse(MALFORMED), DONE],
+        3,
+        "",
     ),
     "a call beside an answer that is cut off": (
         [tool_call('{"city": "Paris 你"}'), event(finish="tool_calls"), BYE],
@@ -9397,7 +9403,9 @@ def test_a_pasted_text_is_one_question():
             tty.send(f"\x1b[200~{text}\x1b[201~")
             tty.say("")
             assert asked(server)[-1] == ("user", text.rstrip())
-        assert len(server.bodies) == 5
+        tty.say('"""typed"""')
+        assert asked(server)[-1] == ("user", "typed")
+        assert len(server.bodies) == 6
 
 
 def test_ctrl_c_before_the_first_token_says_that_the_question_was_not_kept():
