@@ -1290,7 +1290,7 @@ class APIResponseValidationError(APIError):
 #     {"detail": "text"}, {"detail": [{"msg": …}]}                    FastAPI
 #     {"text": …, "error_code": 50002}                                FastChat
 #     {"error_type": …, "error_message": …}                           Venice
-#     {"code": …, "message": …}, {"code": …, "msg": …}                Spark, gateways
+#     {"code": …, "message": …}, also msg, status, statusCode         Spark, gateways
 #     {"type": "…error…", "message": …}, {"event": "error", …}        Cerebras, Coze
 #     {"status": "failed", …}, {"success": false, …}                  gateways
 #
@@ -1326,16 +1326,17 @@ def _find_error_without_choices(payload: Json) -> Any:
     for name, value in payload.items():
         is_error_name = name == "detail" or "error" in name.lower()
         if is_error_name and _reports_error(value):
-            return value if isinstance(value, (dict, list)) else payload
+            return value if _is_container(value) else payload
     if payload.get("success") is False or _is_failure(str(payload.get("status"))):
         return payload
     kinds = str(payload.get("type")), str(payload.get("event"))
     if any("error" in kind.lower() for kind in kinds):
         return payload
+    codes = [payload.get(name) for name in ("code", "status_code", "statusCode")]
+    if type(payload.get("status")) is int:  # as a text it may be "in_progress"
+        codes.append(payload["status"])
     has_message = payload.get("message") or payload.get("msg")
-    if has_message and _reports_error(payload.get("code")):
-        return payload
-    return None
+    return payload if has_message and any(map(_reports_error, codes)) else None
 
 
 # Micro-optimization: one test for these three, since few payloads have any of them.
@@ -1356,7 +1357,7 @@ def _find_error(payload: Any) -> Any:
         error = payload.get("error")
         if _reports_error(error) and not (choices and _is_empty_error(error)):
             # Beside a text or a number stands the message, if there is one (Spring).
-            return error if isinstance(error, (dict, list)) else payload
+            return error if _is_container(error) else payload
         groq = payload.get("x_groq")
         if isinstance(groq, dict) and _reports_error(groq.get("error")):
             return groq["error"]

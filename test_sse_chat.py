@@ -2956,6 +2956,8 @@ ERROR_OBJECTS = {  # name: the object, its code
     "event": ({"event": "error", "text": TOLD}, None),
     "status": ({"status": "failed", "message": TOLD}, None),
     "success": ({"success": False, "message": TOLD}, None),
+    "a status as a number": ({"status": 500, "message": TOLD}, None),
+    "statusCode": ({"statusCode": 429, "message": TOLD}, None),
     "code and null choices": (
         {"code": 10013, "message": TOLD, "sid": "s", "choices": None},
         10013,
@@ -3082,6 +3084,7 @@ NO_ERROR = [
     *({name: none} for name in ("errors", "detail") for none in (None, [], "")),
     *({name: "m"} for name in ("message", "msg", "status", "type", "event")),
     {"success": True, "status": "in_progress", "message": "m"},
+    {"status": 200, "message": "m"},
 ]
 
 
@@ -3174,6 +3177,20 @@ def test_an_error_without_a_body_has_none():
         None,
         b"",
     )
+
+
+def test_the_response_of_an_error_has_no_header_of_its_framing():
+    """Its body is there, unpacked and in one piece."""
+    packed = gzip.compress(BOOM_JSON)
+    answer = http(packed, status="400 No", headers="Content-Encoding: gzip\r\n")
+    in_chunks = b"HTTP/1.1 400 No\r\nTransfer-Encoding: chunked\r\n\r\n"
+    in_chunks += b"%x\r\n%b\r\n0\r\n\r\n" % (len(BOOM_JSON), BOOM_JSON)
+    for sent in (answer, in_chunks):
+        with serve(sent) as server:
+            response = ask_sync(server.url).error.response
+        assert response.json() == json.loads(BOOM_JSON)
+        assert not {"content-encoding", "transfer-encoding"} & set(response.headers)
+        assert response.headers["content-length"] == str(len(BOOM_JSON))
 
 
 def test_the_body_of_an_error_is_utf8_whatever_its_charset():
@@ -5840,6 +5857,21 @@ async def test_what_a_transport_or_hook_raises_is_how_the_attempt_ended(
         assert (type(answer.error), answer.text) == (error, text)
         assert answer.error.__cause__ is raised
         assert "odd" in str(answer.error)
+
+
+@pytest.mark.parametrize(
+    "kind", ["CloseError", "ReadError", "RemoteProtocolError", "WriteError"]
+)
+async def test_a_connection_that_breaks_in_any_way_is_asked_past(chat, waits, kind):
+    """Once at once, as it may have been a kept one; then as retries are allowed."""
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        raise getattr(httpx, kind)("odd")
+
+    error = (await ask_mock(chat, answer, max_retries=1)).error
+    assert (type(error), error.is_retryable, len(asked)) == (Unreachable, True, 3)
 
 
 class Foreign(Exception):
