@@ -3043,6 +3043,24 @@ async def test_an_error_of_any_shape_is_told_however_asked(chat):
             )
 
 
+TEXT_NAMES = """message msg detail details error_description error_message error_msg
+errorMessage error errors status_msg text reason title data"""
+
+
+@pytest.mark.parametrize("name", TEXT_NAMES.split())
+def test_the_text_of_an_error_may_have_many_names(name):
+    error = chunks_in(sse({"error": {"number": 5, name: TOLD}})).error
+    assert (type(error), error.message) == (APIError, TOLD)
+
+
+def test_the_innermost_code_is_that_of_the_error():
+    for inner in ("error", "errors"):
+        for value in ({"code": 9, "type": "t"}, [{"code": 9, "type": "t"}]):
+            sent = {"error": {"message": TOLD, "code": 1, "type": "s", inner: value}}
+            error = chunks_in(sse(sent)).error
+            assert (error.code, error.type) == (9, "t")
+
+
 def test_an_error_without_a_word_is_one():
     """Beside no choices: the server had an exception whose text is empty."""
     for empty in ({"message": ""}, {"message": None, "code": 0}, {"message": "null"}):
@@ -3077,6 +3095,7 @@ NO_ERROR_BESIDE_A_CHOICE = [
     {"x_groq": {"id": "r", "error": None}},
 ]
 NO_CODES = (None, [], 0, "0", 200, "200", 201, "204", "ok", "OK", "success", "Success")
+NO_CODES += ("none", "null", "false")
 NO_ERROR = [
     *({"code": code, "message": "m"} for code in NO_CODES),
     *({"error_code": code, "text": "t"} for code in NO_CODES),
@@ -3167,6 +3186,14 @@ def test_a_page_without_a_title_is_told_by_its_text(indent):
 def test_the_text_of_many_errors_has_a_limit():
     many = [[{"message": "word " * 300}] * 10] * 10
     assert len(chunks_in(sse({"errors": many})).error.message) <= 1000
+
+
+@pytest.mark.parametrize("path", ["/v1", "/api", "/api/v1"])
+def test_a_404_says_what_most_base_urls_end_in(path):
+    with serve(refuse(404)) as server:
+        error = ask_sync(server.url.replace("/v1", path)).error
+    advice = "most servers want a base_url that ends in /v1"
+    assert error.advice == ("" if "/v1" in path else advice)
 
 
 def test_an_error_without_a_body_has_none():
@@ -4040,6 +4067,35 @@ def test_reasoning_goes_back_under_the_name_that_the_server_has_for_it(names):
     for made in (whole_one, streamed):
         assert made.reasoning == made.choices[0].message.reasoning_content == "Hm"
         assert made.choices[0].message.to_dict() == message
+
+
+GROWING = """content refusal text summary thinking data transcript arguments input
+signature thought_signature reasoning reasoning_content reasoning_text"""
+
+
+@pytest.mark.parametrize("name", GROWING.split())
+def test_texts_of_these_names_grow_anywhere(name):
+    sent = [{"x": {"y": [{"index": 0, name: text, "other": text}]}} for text in "Hm"]
+    message = accumulate(map(chunk_of, sent)).choices[0].message
+    assert message.extra["x"]["y"] == [{"index": 0, name: "Hm", "other": "m"}]
+
+
+def test_a_message_beside_its_deltas_says_nothing_new():
+    """As in each chunk of Perplexity, where it grows."""
+    sent = [
+        {
+            "choices": [
+                {"index": 0, "delta": {"content": t}, "message": {"content": so_far}}
+            ]
+        }
+        for t, so_far in (("Hel", "Hel"), ("lo", "Hello"))
+    ]
+    answer = chunks_in(*map(sse, sent), DONE)
+    assert (answer.error, answer.text, answer.completion.text) == (
+        None,
+        "Hello",
+        "Hello",
+    )
 
 
 @pytest.mark.parametrize("kind", ["text", "thinking", "reasoning", "summary_text"])
@@ -5343,12 +5399,13 @@ async def test_the_headers_are_on_what_generate_gives_and_on_its_error(chat):
     assert dict(ChatCompletion().response_headers) == {}
 
 
-async def test_a_socks_proxy_without_its_package_is_one_line(chat, monkeypatch):
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTPS_PROXY", "http_proxy"])
+async def test_a_socks_proxy_without_its_package_is_one_line(chat, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "socksio", None)
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv(name, "socks5://user:pw@127.0.0.1:9")
     error = (await ask(chat, "http://localhost:9", max_retries=0)).error
     assert type(error) is Unreachable
-    assert re.fullmatch(".*socks.*", str(error))  # in one line
+    assert re.fullmatch(f".*socks.*{name} is socks5://127.0.0.1:9", str(error))
 
 
 @pytest.fixture
@@ -5872,6 +5929,24 @@ async def test_a_connection_that_breaks_in_any_way_is_asked_past(chat, waits, ki
 
     error = (await ask_mock(chat, answer, max_retries=1)).error
     assert (type(error), error.is_retryable, len(asked)) == (Unreachable, True, 3)
+
+
+TIMED_OUT = {  # what httpx raises; what is said, and whether it is asked again
+    "ConnectTimeout": ("timed out connecting", True),
+    "PoolTimeout": ("timed out waiting for a free connection of the client", True),
+    "ReadTimeout": ("timed out waiting for the answer", False),
+    "WriteTimeout": ("timed out sending", False),
+}
+
+
+@pytest.mark.parametrize("kind", TIMED_OUT)
+async def test_a_timeout_says_what_took_too_long(chat, waits, kind):
+    def answer(request):
+        raise getattr(httpx, kind)("odd")
+
+    error = (await ask_mock(chat, answer, max_retries=1)).error
+    assert (error.message, error.is_retryable) == TIMED_OUT[kind]
+    assert (type(error), len(waits)) == (Timeout, int(error.is_retryable))
 
 
 class Foreign(Exception):
@@ -7274,6 +7349,52 @@ async def test_what_does_not_end_it(chat, delays, row):
         assert isinstance(error, expected)
 
 
+OWN_FAULTS = [httpx.InvalidURL("odd"), httpx.LocalProtocolError("odd")]
+OWN_FAULTS += [httpx.UnsupportedProtocol("odd")]
+
+
+@pytest.mark.parametrize("raised", OWN_FAULTS, ids=lambda e: type(e).__name__)
+async def test_what_cannot_be_sent_at_all_is_not_tried_again(chat, delays, raised):
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        raise raised
+
+    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+        with pytest.raises(type(raised)):
+            await listen_to_end(chat, "http://h/", client=own)
+    assert len(asked) == 1
+
+
+LIBRARIES = ["aiohttp", "h11", "http", "httpcore", "httpx", "httpx2", "urllib3"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+async def test_an_exception_of_any_http_library_is_a_broken_connection(
+    chat, delays, library
+):
+    """Here it connects again, and for `iter_chunks` a body was cut off."""
+    broken = type("Broken", (Exception,), {"__module__": f"{library}.exceptions"})
+
+    def raising():
+        yield BEGUN[0]
+        raise broken
+
+    with pytest.raises(Truncated):
+        list(sse_chat.iter_chunks(raising()))
+    answers = iter([broken(), httpx.Response(204)])
+
+    def answer(request):
+        if isinstance(result := next(answers), Exception):
+            raise result
+        return result
+
+    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+        assert await listen_to_end(chat, "http://h/", client=own) == []
+    assert len(delays) == 1
+
+
 async def test_a_mistake_in_a_hook_is_no_network_error(chat, delays):
     def log(response):
         return response.text  # which has not been read
@@ -7547,6 +7668,8 @@ SENT_ANEW = {  # options; the line of the request, its content-type, its body
         "application/x-www-form-urlencoded",
         b"a=1",
     ),
+    "cookies": ({"cookies": {"a": "1"}}, "GET /v1", None, b""),
+    "extensions": ({"extensions": {"trace": None}}, "GET /v1", None, b""),
 }
 
 
@@ -8871,6 +8994,7 @@ def test_dry_run_is_a_command_that_sends_the_very_request(cli, name):
         code, command, err = cli("--dry-run", *args, **key)
         assert (code, err, len(server.bodies)) == (0, "", 1)  # which models there are
         assert not any(secret in command for secret in (*variables.values(), "hush"))
+        assert not re.search("(?m)^  -H .(connection|content-length|host):", command)
         assert cli(*args, **key)[0] == 0
         body = json.loads(server.bodies[-1])
         assert body["model"] == "first"
@@ -9128,6 +9252,9 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
     chunks = [event.json() for event in events]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert whole["object"] == "chat.completion"
+    assert {whole["model"], *(chunk["model"] for chunk in chunks)} == {"demo"}
+    assert {*whole["usage"]} == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert min(whole["usage"].values()) > 0
     streamed = accumulate(map(ChatCompletionChunk.from_dict, chunks))
     made = [streamed.choices, ChatCompletion.from_dict(whole).choices]
     made = [without([choice.to_dict() for choice in each], "id") for each in made]
