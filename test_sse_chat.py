@@ -4098,6 +4098,14 @@ def test_a_message_beside_its_deltas_says_nothing_new():
     )
 
 
+def test_a_text_after_parts_is_a_part_and_parts_after_a_text_keep_it():
+    part = {"type": "text", "text": "Hel"}
+    for pieces in (([part], "lo"), ("Hel", [part | {"text": "lo"}])):
+        message = accumulate(chunk_of({"content": piece}) for piece in pieces)
+        due = [{"type": "text", "text": "Hello"}]
+        assert message.choices[0].message.to_dict()["content"] == due
+
+
 @pytest.mark.parametrize("kind", ["text", "thinking", "reasoning", "summary_text"])
 def test_parts_of_text_that_follow_each_other_are_one(kind):
     pieces = [{"type": kind, "text": text} for text in ("H", "m")]
@@ -6527,7 +6535,8 @@ async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits)
     def refuse_it(request):
         raise httpx.ConnectError("refused")
 
-    assert "ollama serve" in str((await ask(chat, NOBODY)).error)
+    for near in (NOBODY, NOBODY.replace("127.0.0.1", "localhost")):
+        assert "ollama serve" in str((await ask(chat, near)).error)
     far = (await ask_mock(chat, refuse_it, base_url=AT)).error
     assert type(far) is Unreachable
     assert "ollama" not in str(far).lower()
@@ -7620,6 +7629,35 @@ async def test_a_wait_that_is_cancelled_is_not_the_end(chat, delays):
         assert ids_sent(server) == [None, "1", "1"]
         assert delays[-2:] == [3, 3]
         assert server.left.acquire(timeout=PATIENCE)
+
+
+KEYWORDS = {"content": b"x", "cookies": {"a": "b"}, "data": {"a": "b"}, "json": {}}
+KEYWORDS |= {"extensions": {}, "files": {"f": b"x"}, "params": {"a": "b"}}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+async def test_keywords_of_a_request_are_those_of_httpx(chat, name):
+    listening(chat, NOBODY, method="POST", **{name: KEYWORDS[name]})
+    with pytest.raises(TypeError, match=f"{name}s"):
+        listening(chat, NOBODY, method="POST", **{f"{name}s": KEYWORDS[name]})
+
+
+@pytest.mark.parametrize("port", ["", ":443", ":444"])
+async def test_a_port_that_is_the_default_is_the_same_origin(chat, delays, port):
+    """A redirect to it takes the secrets along."""
+
+    def answer(request):
+        if request.url.path == "/":
+            target = f"https://h{port}/there"
+            return httpx.Response(307, headers={"location": target})
+        sent.append(request.headers.get("x-api-key"))
+        return httpx.Response(204)
+
+    sent = []
+    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+        headers = {"x-api-key": "sk-a"}
+        await listen_to_end(chat, "https://h/", client=own, headers=headers)
+    assert sent == [None if port == ":444" else "sk-a"]
 
 
 async def test_a_wait_goes_on_however_often_it_is_cancelled(anyio_backend):
@@ -9253,6 +9291,9 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert whole["object"] == "chat.completion"
     assert {whole["model"], *(chunk["model"] for chunk in chunks)} == {"demo"}
+    tokens = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    called = [call for token in tokens for call in token.get("tool_calls", ())]
+    assert all(type(call["index"]) is int for call in called)
     assert {*whole["usage"]} == {"prompt_tokens", "completion_tokens", "total_tokens"}
     assert min(whole["usage"].values()) > 0
     streamed = accumulate(map(ChatCompletionChunk.from_dict, chunks))
