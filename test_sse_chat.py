@@ -1208,6 +1208,7 @@ def test_text_and_reasoning_are_found_where_servers_put_them(name, content):
     chunk = ChatCompletionChunk.from_dict({"choices": [{name: sent}]})
     for made in (chunk, whole, accumulate([chunk])):
         assert (made.text, made.reasoning) == (text, reasoning)
+    assert chunk.choices[0].extra is whole.choices[0].extra is None
     for holder in (chunk.choices[0].delta, whole.choices[0].message):
         assert (holder.reasoning_content, holder.extra) == (reasoning or None, None)
 
@@ -4328,6 +4329,14 @@ def test_reasoning_that_is_no_text_is_not_lost():
     assert accumulate([chunk]).choices[0].message.extra["reasoning"]["text"] == "hm"
 
 
+def test_an_index_that_is_none_goes_back_as_it_came():
+    for index in ({}, {"index": None}, {"index": -1}, {"index": "0"}):
+        choice = index | {"message": {"role": "assistant", "content": "x"}}
+        made = ChatCompletion.from_dict({"choices": [choice]})
+        assert made.choices[0].index == 0
+        assert made.to_dict() == {"choices": [choice]}
+
+
 def test_an_empty_list_of_tool_calls_does_not_go_back():
     sent = {"role": "assistant", "content": "x", "tool_calls": []}
     message = sse_chat.ChatCompletionMessage.from_dict(sent)
@@ -4335,6 +4344,9 @@ def test_an_empty_list_of_tool_calls_does_not_go_back():
         sse_chat.generate([message], base_url=server.url)
     [sent_back] = json.loads(server.bodies[0])["messages"]
     assert sent_back == {"role": "assistant", "content": "x"}
+    message = sse_chat.ChatCompletionMessage.from_dict({"tool_calls": [ONE_CALL]})
+    message.tool_calls = []
+    assert message.to_dict() == {"role": "assistant"}
 
 
 # ---- Odd events in streams that are whole --------------------------------------------
@@ -6447,6 +6459,14 @@ async def test_a_proxy_that_wants_a_login_is_told(chat, waits, monkeypatch):
     assert (len(server.heads), waits) == (1, [])
 
 
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+async def test_a_proxy_that_is_not_there_is_named(chat, waits, monkeypatch, name):
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    error = (await ask(chat, "http://models.example/v1")).error
+    assert type(error) is Unreachable
+    assert error.advice == f"{name} is http://127.0.0.1:9"
+
+
 async def test_the_login_of_a_proxy_without_a_scheme_is_not_told(
     chat, waits, monkeypatch
 ):
@@ -7724,6 +7744,7 @@ async def test_each_request_is_the_first_again(chat, delays, row):
         for head in server.heads:
             assert re.match(rf"{line} HTTP/1.1\r\n".replace("/v1?", r"/v1\?"), head)
             assert header(head, "accept") == ["text/event-stream"]
+            assert header(head, "accept-encoding") == ["identity"]
             assert header(head, "cache-control") == ["no-cache"]
             assert not kind or header(head, "content-type") == [kind]
 
@@ -7733,7 +7754,10 @@ OWN_HEADERS = {"X-Mine": "1", "accept": "text/plain", "LAST-EVENT-ID": "own"}
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 async def test_headers_of_the_caller(chat, delays, make):
-    """They go with each request and stay as they are; none of ours is there twice."""
+    """They go with each request, in place of ours, but Accept and Last-Event-ID.
+
+    The object that holds them stays as it is.
+    """
     own, untouched = make(OWN_HEADERS), make(OWN_HEADERS)
     with serve(in_turn(answer_of(b"id: 1\ndata: x\n\n"), END)) as server:
         await listen_to_end(chat, server.url, headers=own, last_event_id="0")
@@ -8985,6 +9009,9 @@ def test_ollama_host_gets_no_key(cli):
         without, with_key = server.heads
     assert "secret" not in without
     assert "sk-secret" in with_key
+    with serve(KEYLESS) as server:
+        host = server.url.removeprefix("http://").removesuffix("/v1")
+        assert "write -u" in cli("-m", "m", "hi", OLLAMA_HOST=host)[2]
 
 
 @pytest.mark.parametrize("row", REQUESTS, ids=map(in_words, REQUESTS))
@@ -9347,7 +9374,7 @@ def test_demo_server_answers(params, text):
         assert re.fullmatch(text, choice["message"]["content"], re.DOTALL)
         assert choice["finish_reason"] == "stop"
     # Token by token, and all of the reasoning first.
-    assert all(token.get("reasoning") or token["content"] for token in tokens)
+    assert all(token["content"] or token.get("reasoning") for token in tokens)
     thinking = [bool(token.get("reasoning")) for token in tokens]
     assert thinking == sorted(thinking, reverse=True)
     assert 3 < sum(thinking) < len(thinking) - 3 or "stop" in params
