@@ -1974,6 +1974,16 @@ BODIES |= {
     "JSON of no choice": body(Invalid, b'{"choices": []}', text="", says="choices"),
     "stream as application/json": body(None, *HELLO, kind="application/json"),
     "message for delta": body(None, choices({"message": MESSAGE}), *ENDING),
+    **{
+        f"a stream that begins with {line.decode()}": body(
+            None,
+            line,
+            b"\n",
+            *HELLO,
+            kind="text/plain",
+        )
+        for line in (b": ping", b"id: 1", b"event: message", b"retry: 5")
+    },
 }
 SERVERS |= {
     "no models: no JSON": ([http(b"{]")], LIST, Invalid, r"\{\]", ""),
@@ -3253,7 +3263,7 @@ sensitive blocklist BLOCKLIST PROHIBITED_CONTENT"""
 LIMIT_ENDS = dict.fromkeys(["max tokens", *LENGTHS.split()], "length")
 LIMIT_ENDS |= dict.fromkeys(["Content Filter", *FILTER_ENDS.split()], "content_filter")
 GOOD_ENDS = "stop STOP tool_calls function_call eos end_turn stop_sequence completed"
-NO_ENDS = ["", "null", "NULL", None]
+NO_ENDS = ["", "null", "NULL", "none", None]
 
 
 def ended_with(reason):
@@ -3440,6 +3450,7 @@ ENDED_AGAIN = (event("!"), (PING, 0.05) * 20, event(finish="stop"), DONE)
 ONE_LATER = ((PING, 0.05) * 20, ONE_ENDS, DONE)
 BRIEF_WAIT = {"timeout": 0.8}
 THINKING = event(reasoning="hm", finish="stop")
+THINKING_IN_DETAILS = event(reasoning_details=[{"text": "hm"}], finish="stop")
 AT_A_LIMIT = (event(reasoning="hm"), event(finish="length"))
 WAITS = {  # what a server does, options; the tokens told, the least and most seconds
     "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, None, 0.8, 5),
@@ -3450,6 +3461,13 @@ WAITS = {  # what a server does, options; the tokens told, the least and most se
     "a long timeout": ((*ALL_ENDED, BEATING), {"timeout": 20}, None, 1.2, 5),
     # "stop" may come with a role or with reasoning: before the answer it ends nothing.
     "no answer yet": ((HEAD, THINKING, 1.5, HELLO), {"timeout": 20}, None, 1.5, 5),
+    "details and no answer yet": (
+        (HEAD, THINKING_IN_DETAILS, 1.5, HELLO),
+        {"timeout": 20},
+        None,
+        1.5,
+        5,
+    ),
     "no answer comes": ((HEAD, THINKING, BEATING), BRIEF_WAIT, None, 0.8, 5),
     "thinking at a limit": (
         (HEAD, *AT_A_LIMIT, BEATING),
@@ -9307,8 +9325,10 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
     """
     ask, n = user("blue whales") | params, params.get("n", 1)
     with sse_chat.demo_server() as url, httpx.Client(verify=NO_TLS) as client:
+        listed_models = client.get(f"{url}/models").json()
         url += "/chat/completions"
-        whole = client.post(url, json=ask).json()
+        answered = client.post(url, json=ask)
+        whole = answered.json()
         with client.stream("POST", url, json=ask | {"stream": True}) as response:
             *events, done = iter_sse(response.iter_raw())
     assert response.headers["content-type"] == "text/event-stream"
@@ -9318,6 +9338,9 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert whole["object"] == "chat.completion"
     assert {whole["model"], *(chunk["model"] for chunk in chunks)} == {"demo"}
+    assert answered.headers["content-type"] == "application/json"
+    models = {"object": "list", "data": [{"id": "demo", "object": "model"}]}
+    assert listed_models == models
     tokens = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
     called = [call for token in tokens for call in token.get("tool_calls", ())]
     assert all(type(call["index"]) is int for call in called)
