@@ -1108,7 +1108,7 @@ _CHOICE_FIELDS = frozenset(
 
 
 class _HeadersMixin:
-    # Not a dataclass field: `asdict` and FastAPI would publish the headers.
+    # No dataclass field: `asdict` and FastAPI would publish the headers of a provider.
     response_headers: Mapping[str, str] = MappingProxyType({})
 
 
@@ -2996,9 +2996,8 @@ def _chat_request(
     }
     body |= {k: v for k, v in options.items() if k not in _CallOptions.__annotations__}
     body |= _mapping(options, "extra_body")
-    if not body[
-        "stream"
-    ]:  # a client has them for its streams; servers refuse them here
+    if not body["stream"]:
+        # A client may have them for its streams; servers refuse them elsewhere.
         body.pop("stream_options", None)
     body = {name: value for name, value in body.items() if value is not None}
     text = json.dumps(body, default=_message_to_json, allow_nan=False)
@@ -5713,10 +5712,8 @@ class _Program:
             if isinstance(error, APIError):
                 _drop_cut_calls(error.completion, is_whole=False)
                 self.show_rest(error.completion)
-            if (
-                isinstance(error, (KeyboardInterrupt, TruncatedStreamError))
-                and not is_kept
-            ):
+            is_partial = isinstance(error, (KeyboardInterrupt, TruncatedStreamError))
+            if is_partial and not is_kept:
                 self.tell_it_is_not_kept()
             if isinstance(error, TruncatedStreamError) and self.exit_code:
                 self.screen.note(error.message)
