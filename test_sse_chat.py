@@ -5182,7 +5182,8 @@ SECRETS = {  # of the URL, of the call, of the caller's own client
 def everything(error):
     """All that a log may show of an error."""
     shown = [str(error), repr(vars(error)), repr(vars(pickled(error)))]
-    shown += [*traceback.format_exception(error), repr(pickle.dumps(error))]
+    # Not the error itself: where Dask has been imported, its cause goes along.
+    shown += [*traceback.format_exception(error), repr(pickle.dumps(vars(error)))]
     return "".join(shown).replace("\\", "")
 
 
