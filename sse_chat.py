@@ -3352,8 +3352,6 @@ class _ChatEvents(SSEDecoder):
                 payload, _ = _parse_json(data.decode("utf-8", "replace"))
                 if _find_error(payload) is not None:
                     self._add_event("error", data, events)
-                elif isinstance(payload, dict) and payload.get("choices"):
-                    self._add_event("message", data, events)
 
     def _add_event(self, kind: str, data: bytes, events: list[ServerSentEvent]) -> None:
         """Add an event of one line, after the data that came before it in its block."""

@@ -3079,14 +3079,6 @@ def test_an_error_without_a_word_is_one():
         assert (type(answer.error), answer.error.body) == (APIError, {"error": empty})
 
 
-def test_a_chunk_on_a_line_of_its_own_is_one():
-    """Without `data:`, as an error has it: no text is lost."""
-    for at in (1, 2):
-        bare = HELLO[at].removeprefix(b"data: ")
-        answer = chunks_in(*HELLO[:at], bare, *HELLO[at + 1 :])
-        assert (answer.error, answer.text) == (None, "Hello")
-
-
 def test_an_error_in_a_whole_answer_is_told():
     [choice] = WHOLE["choices"]
     for more, inner in (({"error": TOLD}, {}), ({}, {"error": {"message": TOLD}})):
