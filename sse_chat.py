@@ -2701,11 +2701,17 @@ def _tls_context(may_need_tls: bool) -> Any:
 def _new_client(kind: str, may_need_tls: bool) -> Any:
     """Return a client that opens as many connections as needed, and keeps few.
 
-    At httpx's default of 100, the next streams would wait until they fail.
+    At httpx's default of 100, the next streams would wait until they fail. Raises
+    APIConnectionError if the environment is wrong.
     """
     httpx = _load_httpx()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-    return getattr(httpx, kind)(verify=_tls_context(may_need_tls), limits=limits)
+    try:
+        return getattr(httpx, kind)(verify=_tls_context(may_need_tls), limits=limits)
+    except Exception as error:
+        problem = _environment_error(error)
+    # Raised here, so that an exception that may hold a password is not its context.
+    raise problem
 
 
 def _check_client(kind: str, client: Any) -> None:
@@ -2771,15 +2777,11 @@ class _ClientSource:
             self._clients[None] = self._new(request)
 
     def _new(self, request: _Request) -> Any:
-        _load_httpx()  # raises if there is none
         try:
             return _new_client(self._kind, request.url.startswith("https:"))
-        except Exception as error:
-            problem = error
-        # Raised here, so that an exception that may hold a password is not its context.
-        environment_error = _environment_error(problem)
-        environment_error.place = request.expected.url
-        raise environment_error
+        except APIConnectionError as error:
+            error.place = request.expected.url
+            raise
 
     def _forget_closed_loops(self) -> None:
         """Drop the clients of event loops that are closed.
@@ -4593,10 +4595,8 @@ class _Listener:
         try:
             # A redirect may lead to an https URL.
             return _new_client(self._kind, may_need_tls=True)
-        except Exception as error:
-            problem = _environment_error(error)
-        # Raised here, so that an exception that may hold a password is not its context.
-        raise SSEError(str(problem)) from problem.__cause__
+        except APIConnectionError as error:
+            raise SSEError(str(error)) from error.__cause__
 
     def build(self, client: Any) -> Any:
         """Return the request of the next attempt."""
