@@ -3954,6 +3954,8 @@ async def _aattempt(
             return None
         control.begin(response)
         if response.is_success:
+            # An auth flow's own request has no time limits.
+            _set_read_timeout(built, request.timeout[1])
             return response
         seconds = _error_body_seconds(deadline)
         encoding = _content_encoding(response)
