@@ -1466,6 +1466,7 @@ TAGS = st.sampled_from(TAGS)
 @example(["<THINK> <think>a"], "")
 @example(["<think></ </</think>b", "\n<thi"], "")
 @example(["<think>a</thi"], "")
+@example(["<think>a <</think>b"], "")
 def test_thinking_is_split_off_however_texts_are_cut(pieces, begin):
     whole = by_the_rule(begin + "".join(pieces))
     assert thought_and_said([*begin, *pieces]) == whole
@@ -1892,7 +1893,9 @@ def bomb_of_error(connection):
 BODIES |= {
     "not JSON": body(Invalid, *BEGUN, NO_JSON, says=r"oops\\x00\ufffd"),
     "a long line": body(Invalid, *BEGUN, b"data:", b"x" * 999, b"\n\n", says="x{99}"),
-    "no object": body(Invalid, *BEGUN, b"data: 17\n\n", DONE, says="17"),
+    "no object": body(
+        Invalid, *BEGUN, b"data: 17\n\n", DONE, says="JSON that is not an answer.*17"
+    ),
     "too large": body(Invalid, *BEGUN, event("x" * 999), says="999", options=OF_999),
     "JSON, large": body(Invalid, JSON, b" " * 999, text="", says="999", options=OF_999),
     "[DONE] alone": body(Invalid, DONE, text="", says=r"\[DONE\]"),
@@ -2057,7 +2060,7 @@ TODAY, http_date = 1_700_000_000, functools.partial(formatdate, usegmt=True)
 # Answers and options; the error, the requests, the first wait
 ATTEMPTS = {
     **each("status {}", AGAIN, lambda n: ([refuse(n), GOOD], {}, None, 2, BACKOFF)),
-    **each("status {}", (304, 307, 400, 404, 422), lambda n: (
+    **each("status {}", (304, 307, 400, 404, 422, 499), lambda n: (
         [refuse(n, MOVED)], {}, Status, 1, None,
     )),
     "status 201": ([refuse(201)], {}, APIError, 1, None),
@@ -3336,6 +3339,13 @@ def test_the_limit_is_that_of_the_first_choice_with_one():
         assert ChatCompletion.from_dict({"choices": sent}).limit == "length"
     failed = {"choices": [{"finish_reason": "ERROR_MAX_TOKENS"}]}
     assert ChatCompletion.from_dict(failed).limit == ""
+
+
+@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS)
+def test_each_token_opens_an_ended_choice_again(token):
+    answer = chunks_in(*BEGUN, STOPPED, token)
+    assert type(answer.error) is Truncated
+    assert chunks_in(*BEGUN, STOPPED, EMPTY).error is None
 
 
 @pytest.mark.parametrize("reason", NO_ENDS)
@@ -5237,6 +5247,7 @@ async def test_redacting_keys_changes_nothing_else(chat):
 def test_the_most_specific_key_is_sent(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", " sk-env\n")
     basic = "Basic " + base64.b64encode(b"us@er:p:w").decode()
+    no_password = "Basic " + base64.b64encode(b"user:").decode()
     headers = {"Authorization": "Bearer sk-own"}
     with serve(GOOD) as server, httpx.Client(headers=headers, verify=NO_TLS) as own:
         for options, sent in (
@@ -5244,6 +5255,7 @@ def test_the_most_specific_key_is_sent(monkeypatch):
             ({"api_key": "sk-arg"}, ["Bearer sk-arg"]),
             ({"api_key": ""}, []),
             ({"base_url": server.url.replace("//", "//us%40er:p%3Aw@")}, [basic]),
+            ({"base_url": server.url.replace("//", "//user@")}, [no_password]),
             ({"headers": {"Authorization": " Bearer sk-head\n"}}, ["Bearer sk-head"]),
             ({"client": own}, ["Bearer sk-own"]),
         ):
@@ -6452,6 +6464,7 @@ async def test_a_proxy_variable_that_is_refused_is_named(
     error = (await ask(chat, NOBODY)).error
     assert (type(error), error.is_retryable) == (Unreachable, False)
     assert name in str(error) and shown in str(error)
+    assert NOBODY in str(error)
     assert "ollama" not in str(error).lower()
     assert "canary" not in whole_chain(error)
     assert waits == []
@@ -8743,6 +8756,7 @@ def using(prompt: Any, completion: Any) -> bytes:
 
 HI = http(*HELLO)
 KEYLESS = json_response({"error": {"message": "who?"}}, "401 Unauthorized")
+BUSY = json_response({"error": {"message": "later"}}, "503 Service Unavailable")
 NO_ONE = f"cannot connect.*\n.*{NOBODY}.*ollama serve.*--base-url.*--demo"
 TIMES = r"first token after \d+\.\d\d s, all after \d+\.\d\d s\n\Z"
 BURST = http(event("x") * 5, using(7, 5), *STOP)
@@ -8780,6 +8794,7 @@ RUNS = [
     ("hi -o extra_body=1", HI, 2, "", "extra_body: expected a dict"),
     ("hi --conversation=", HI, 2, "", "-c wants the name of a file"),
     ("hi -u ftp://x", HI, 2, "", r"\Asse_chat: --base-url: "),
+    ("hi -o max_retries=0", BUSY, 1, "", r"\Asse_chat: later\nHTTP 503 at [^;]+\Z"),
     (
         "hi -c /nowhere/s.json",
         HI,
@@ -9328,6 +9343,7 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
     """
     ask, n = user("blue whales") | params, params.get("n", 1)
     with sse_chat.demo_server() as url, httpx.Client(verify=NO_TLS) as client:
+        assert url.endswith("/v1")
         listed_models = client.get(f"{url}/models").json()
         url += "/chat/completions"
         answered = client.post(url, json=ask)
