@@ -2754,9 +2754,7 @@ class _ClientSource:
         Raises APIError if the client has been closed, or none can be made.
         """
         if self._is_closed:  # also in another process or event loop
-            error = APIConnectionError("the request could not be sent: closed client")
-            error.place = request.expected.url
-            raise error
+            raise APIConnectionError("the request could not be sent: closed client")
         if self._given is not None:
             return nullcontext(self._given)
         if not self._is_kept:
@@ -2773,15 +2771,16 @@ class _ClientSource:
 
     def make_kept(self, request: _Request) -> None:
         """Make the client that is kept. Raises APIError if the environment is wrong."""
-        if self._given is None:
-            self._clients[None] = self._new(request)
-
-    def _new(self, request: _Request) -> Any:
+        if self._given is not None:
+            return
         try:
-            return _new_client(self._kind, request.url.startswith("https:"))
+            self._clients[None] = self._new(request)
         except APIConnectionError as error:
             error.place = request.expected.url
             raise
+
+    def _new(self, request: _Request) -> Any:
+        return _new_client(self._kind, request.url.startswith("https:"))
 
     def _forget_closed_loops(self) -> None:
         """Drop the clients of event loops that are closed.
