@@ -3889,7 +3889,7 @@ async def _adrain(reads: AsyncIterator[bytes], response: Any, seconds: float) ->
 
 
 def _set_read_timeout(request: Any, seconds: float | None) -> None:
-    """Set the time limit of each read; until now it was that for the headers."""
+    """Set the limit of each read of the body; the headers may have had another."""
     request.extensions.setdefault("timeout", {})["read"] = seconds
 
 
