@@ -621,13 +621,13 @@ def _holds_models(value: Any, sent: Any) -> bool:
     """Tell whether a value is one of our types, or a list of them.
 
     A list that lacks an item, since that was no object, stays as the server sent it.
-    So does a value that was found in another place (Kimi's usage): nothing was `sent`
-    in this one.
+    So does a value that was found in another place (Kimi's usage): null was `sent` in
+    this one, or nothing, or an empty object.
     """
     if isinstance(value, list):
         is_complete = isinstance(sent, list) and len(sent) == len(value)
         return is_complete and any(isinstance(item, _Model) for item in value)
-    return isinstance(value, _Model) and sent is not None
+    return isinstance(value, _Model) and bool(sent)
 
 
 class _Model:

@@ -3969,6 +3969,15 @@ def test_what_servers_sent_goes_back_as_it_came():
             assert choice.to_dict() == given_choice
 
 
+@pytest.mark.parametrize("at_the_top", [{}, {"usage": None}, {"usage": {}}], ids=str)
+def test_usage_of_a_choice_goes_back_where_it_was(at_the_top):
+    sent = whole({"content": "Hello"}, choice={"usage": TOKENS_USED})
+    del sent["usage"]
+    made = ChatCompletion.from_dict(sent | at_the_top)
+    assert made.usage.total_tokens == 5
+    assert made.to_dict() == sent | at_the_top
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE_ANSWERS if name != "odd"])
 def test_answers_of_healthy_servers_in_one_piece_are_whole(name):
     sent = WHOLE_ANSWERS[name]
