@@ -1614,10 +1614,13 @@ class _GrowingList(list[Any]):
                     self.append(_clean_copy(item, depth + 1))
                     continue
             old = self._by_key.get((index, kind))
-            if old is None or (index is None and old is not self[-1]):
-                old = self._by_key[index, kind] = {}
-                self.append(old)
-            _merge(old, item, depth + 1)
+            if old is not None and (index is not None or old is self[-1]):
+                _merge(old, item, depth + 2)
+                continue
+            new: Json = {}
+            _merge(new, item, depth + 2)  # before it is kept: it may be too deep
+            self._by_key[index, kind] = new
+            self.append(new)
 
 
 def _name_and_text(piece: ChoiceDeltaToolCall) -> tuple[str | None, str | None]:

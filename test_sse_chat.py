@@ -1407,6 +1407,18 @@ LIMITS = {
         99,
         lambda n: {"choices": [{"delta": {"x": {"b": levels(n)}}}]},
     ),
+    "levels in an item": (
+        98,
+        lambda n: {"choices": [{"delta": {"x": [{"b": levels(n)}]}}]},
+    ),
+    "levels in an item with an index": (
+        98,
+        lambda n: {"choices": [{"delta": {"x": [{"index": 0, "b": levels(n)}]}}]},
+    ),
+    "levels in a part": (
+        98,
+        lambda n: {"choices": [{"delta": {"x": [{"type": "text", "b": levels(n)}]}}]},
+    ),
     "levels in a call": (100, lambda n: with_calls({"x": levels(n)})),
     "levels in logprobs": (
         97,
@@ -1425,6 +1437,44 @@ def test_accumulating_refuses_more_than_the_limits(most, sent):
         accumulator.add(ChatCompletionChunk.from_dict(chunk))
     with pytest.raises(ValueError):
         accumulator.add(ChatCompletionChunk.from_dict(sent(most + 1)))
+    assert accumulator.completion.to_dict()
+
+
+NESTINGS = [
+    lambda inner: {"a": inner},
+    lambda inner: {"text": inner},
+    lambda inner: [inner],
+    lambda inner: [{"index": 0, "a": inner}],
+    lambda inner: [{"type": "text", "text": inner}],
+]
+
+
+@st.composite
+def nested(draw):
+    """A value of some 100 levels, of one kind or of several."""
+    shapes = draw(st.lists(st.sampled_from(NESTINGS), min_size=1, max_size=3))
+    value = draw(st.sampled_from(["x", "", 1, None, [], {}]))
+    for shape in itertools.islice(itertools.cycle(shapes), draw(st.integers(0, 110))):
+        value = shape(value)
+    return value
+
+
+@given(st.lists(nested(), max_size=3))
+def test_a_completion_can_be_taken_of_whatever_was_added(values):
+    """A stream that brings too much of it ends with an error of ours."""
+    accumulator, chunks = ChatAccumulator(), []
+    for value in values:
+        call = {"index": 0, "function": {"arguments": "", "x": value}, "x": value}
+        delta = {"content": value, "reasoning": value, "x": value}
+        for sent in (delta, {"tool_calls": [call]}, {"function_call": {"x": value}}):
+            choice = {"index": 0, "delta": sent, "x": value, "logprobs": {"x": value}}
+            chunks.append({"choices": [choice]})
+    for chunk in chunks:
+        with contextlib.suppress(ValueError):
+            accumulator.add(ChatCompletionChunk.from_dict(chunk))
+    accumulator.completion.to_dict()
+    error = chunks_in(*map(sse, chunks), event(finish="stop")).error
+    assert type(error) in (NoneType, Invalid)
 
 
 def test_the_completion_may_be_taken_at_any_time():
