@@ -1446,7 +1446,7 @@ def _error_text(error: Any, depth: int = 4) -> str:
 def _error_details(error: Any) -> list[Json]:
     """Return the nested objects of an error, innermost first: each may have a code."""
     found: list[Json] = []
-    while len(found) < 5:
+    for _ in range(5):
         if isinstance(error, list) and error:
             error = error[0]
         if not isinstance(error, dict):

@@ -1236,7 +1236,8 @@ def test_copies_are_equal_and_independent(copied):
     chunk = chunk_of({"content": "a", "tool_calls": [{"function": {}, "x": 1}]})
     values = [error("m", {"a": 1}, 400, "t", "p") for error in ERROR_TYPES]
     assert {(str(error), error.args) for error in values} == {("m", ("m",))}
-    values += [as_event("d", "e", "i", 5), SSEError("m", [as_event("x")])]
+    values += [as_event("d", "e", "i", 5), SSEError("m", [as_event("x")], 204)]
+    assert (str(values[-1]), values[-1].args) == ("m", ("m",))
     for value in (*values, chunk, accumulate([chunk])):
         other = copied(value)
         assert (type(other), str(other)) == (type(value), str(value))
@@ -2151,7 +2152,8 @@ async def test_failed_attempts_are_retried_after_their_waits(
     answers, options, error, requests, first = attempts
     async with own_client(chat) as own:
         options = options | ({"client": own} if "client" in options else {})
-        with serve(in_turn(*answers)) as server:
+        last = [answers[-1]] * 9  # and then a whole answer, or it might never end
+        with serve(in_turn(*answers, *last, GOOD)) as server:
             answer = await ask(chat, server.url, **options)
     assert type(answer.error) is (error or NoneType)
     assert len(server.heads) == requests
@@ -3750,6 +3752,23 @@ def test_a_custom_tool_keeps_what_else_its_server_sends():
     assert call["custom"] == {"name": "run", "input": "hi", "format": "text"}
 
 
+def test_a_function_keeps_what_else_its_server_sends():
+    sent = [{"name": "f", "arguments": "{}", "x": {"y": [1]}}, {"x": {"z": 2}}]
+    pieces = [[{"index": 0, "function": function}] for function in sent]
+    message = joined(pieces, "tool_calls").choices[0].message
+    [call] = message.to_dict()["tool_calls"]
+    assert call["function"] == sent[0] | {"x": {"y": [1], "z": 2}}
+
+
+def test_a_name_in_each_of_many_pieces_takes_little_time():
+    """Each may open a call, which complete arguments before it would tell."""
+    pieces = ['{"x": "', *["}" * 50] * 20_000, '"}']
+    sent = [[{"function": {"name": "f", "arguments": text}}] for text in pieces]
+    with cpu(3):
+        made = joined(sent, "tool_calls")
+    assert calls_of(made) == [("f", {"x": "}" * 10**6})]
+
+
 def opened(index, call, *, id=True):
     return piece(index, call.id if id else None, call.name)
 
@@ -4491,7 +4510,14 @@ def test_done_may_have_space_around_it_or_no_framing(done):
 def test_lines_of_json_in_one_event_are_a_chunk_each():
     """Where the data is no JSON as a whole: some part their events by one newline."""
     lines = [line.rstrip() + b"\n" for line in HELLO]
-    for parts in ([*lines, b"\n"], [*lines[:3], b"\n", DONE], [HELLO[0], *lines[1:]]):
+    comment_between = [*lines[:2], b"data: : ping\n", lines[2]]
+    for parts in (
+        [*lines, b"\n"],
+        [*lines[:3], b"\n", DONE],
+        [HELLO[0], *lines[1:]],
+        comment_between,
+        [*comment_between, b"\n"],
+    ):
         answer = chunks_in(*parts)
         assert (answer.error, answer.text, len(answer.chunks)) == (None, "Hello", 3)
     cut_off = chunks_in(*lines[:2], b"\n")
