@@ -1982,6 +1982,13 @@ BODIES |= {
 NEWLINES = gzip.compress(b"\n" * 2**22)
 SERVERS |= {
     "4 MB of newlines in gzip": ([encoded("gzip", NEWLINES)], {}, Invalid, "empty", ""),
+    "nothing of no kind": (
+        [b"HTTP/1.1 200 OK\r\n\r\n"],
+        {},
+        Invalid,
+        r"empty.*\(no content type\)",
+        "",
+    ),
     "what is no gzip": ([encoded("gzip", HELLO_BYTES)], {}, Invalid, "unpack", ""),
     "no models: HTML": ([http(PAGE)], LIST, Invalid, "Sign in", ""),
     "no models: nothing": ([http()], LIST, Invalid, "empty", ""),
@@ -5457,9 +5464,10 @@ INVALID_OPTIONS = {
     "an int as extra_body": ({"extra_body": 1}, TypeError, "extra_body.*int"),
     "a class as client": ({"client": httpx.Client}, TypeError, "client.*type"),
     "another client": ({"client": ServerSentEvent()}, TypeError, "client.*Event"),
-    **each("{}", ("azure_endpoint", "azure_deployment", "default_query"), lambda n: (
-        {n: "x"}, TypeError, f"{n}.*base_url",
+    **each("{}", ("azure_endpoint", "azure_deployment"), lambda n: (
+        {n: "x"}, TypeError, f"{n}.*the URL of the deployment as base_url",
     )),
+    "default_query": ({"default_query": {}}, TypeError, "default_query.*base_url"),
     "project": ({"project": "p"}, TypeError, "project.*headers"),
     "api_version": ({"api_version": "1"}, TypeError, "api_version.*base_url"),
     **{name: ({name: "x"}, TypeError, f"{name}.*{ours}")
@@ -6345,7 +6353,8 @@ async def test_only_a_kept_connection_that_broke_is_asked_past_at_once(
     chat, waits, case
 ):
     whose, answers, retries, requests, waited = case
-    with serve(in_turn(*answers)) as server:
+    last = [answers[-1]] * 9  # and then a whole answer, or it might never end
+    with serve(in_turn(*answers, *last, GOOD)) as server:
         options = {"base_url": server.url, "max_retries": retries}
         async with contextlib.AsyncExitStack() as exits:
             if whose == "call":
