@@ -1897,6 +1897,15 @@ SLOW_SERVERS |= {
 }  # fmt: skip
 
 
+def test_the_first_stream_of_a_process_is_timed(monkeypatch):
+    """And not only those after one that was read to its end."""
+    timer = sse_chat._Timer()
+    monkeypatch.setattr(sse_chat, "_timer_of", lambda process: timer)
+    with serve(play(HEAD, EMPTY, ALIVE)) as server:
+        error = ask_sync(server.url, first_token_timeout=0.2).error
+    assert (type(error), "0.2 s" in str(error)) == (Timeout, True)
+
+
 async def test_first_token_timeout_ends_retries(chat):
     with serve(play(after(0.05), KEEP)) as server:
         error = (await ask(chat, server.url, max_retries=10**6, **FIRST)).error
@@ -7948,6 +7957,25 @@ async def test_secrets_stay_at_the_origin_of_the_url(chat, delays):
             assert header(head, "cache-control") == ["no-cache"]
 
 
+class SignedPath(httpx.Auth):
+    def auth_flow(self, request):
+        request.headers["X-Auth-Token"] = f"hush {request.url.path}"
+        yield request
+
+
+async def test_the_login_of_a_client_stays_at_the_origin_of_the_url(chat, delays):
+    """There it is put into each request, also after a redirect."""
+    with serve(in_turn(X, END)) as other:
+        away = redirect(307, other.url)
+        with serve(in_turn(redirect(307, "/v1/there"), away)) as server:
+            async with own_client(chat, auth=SignedPath()) as own:
+                events = await listen_to_end(chat, server.url, client=own)
+            assert events == [as_event("x")]
+            tokens = [header(head, "x-auth-token") for head in server.heads]
+            assert tokens == [["hush /v1"], ["hush /v1/there"], ["hush /v1"]]
+            assert [header(head, "x-auth-token") for head in other.heads] == [[], []]
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308], ids="status {}".format)
 async def test_redirects_at_one_origin_are_followed(chat, delays, status):
     """With secrets; of the cookies, httpx sends those that its client has stored."""
@@ -9964,6 +9992,18 @@ def test_a_terminal_that_cannot_be_read_ends_the_conversation():
 
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_and_help_tell_the_same_exit_codes(cli):
+    helped = re.search(r"exit codes: (.*?)\n\n", cli("--help")[1], re.DOTALL)[1]
+    in_help = dict(re.findall(r"(\d+) ([^;]+)", " ".join(helped.split())))
+    told = README[README.index("The exit code is") :].partition("Only `")[0]
+    in_readme = dict(re.findall(r"\*\*(\d+)\*\* ([^*]+)", " ".join(told.split())))
+    del in_help["141"]  # which only a pipe sees
+    assert in_help.keys() == in_readme.keys()
+    for code, words in in_help.items():
+        words = set(re.findall(r"[\w-]+", words))
+        assert words <= set(re.findall(r"[\w-]+", in_readme[code]))
 
 
 def snippets(language: str, word: str = "") -> list[str]:
