@@ -1901,8 +1901,11 @@ def test_the_first_stream_of_a_process_is_timed(monkeypatch):
     """And not only those after one that was read to its end."""
     timer = sse_chat._Timer()
     monkeypatch.setattr(sse_chat, "_timer_of", lambda process: timer)
-    with serve(play(HEAD, EMPTY, ALIVE)) as server:
+    head_of_chunk = b"5;", [(b"x", 0.05)] * 160  # many reads for httpx, one for us
+    with serve(play(chunked(EMPTY, end=False), head_of_chunk)) as server:
+        began = time.monotonic()
         error = ask_sync(server.url, first_token_timeout=0.2).error
+        assert time.monotonic() - began < 5
     assert (type(error), "0.2 s" in str(error)) == (Timeout, True)
 
 
@@ -9821,7 +9824,9 @@ def test_a_pasted_text_is_one_question():
             assert asked(server)[-1] == ("user", text.rstrip())
         tty.say('"""typed"""')
         assert asked(server)[-1] == ("user", "typed")
-        assert len(server.bodies) == 6
+        tty.say('"""typed on\rtwo lines"""')
+        assert asked(server)[-1] == ("user", "typed on\ntwo lines")
+        assert len(server.bodies) == 7
 
 
 def test_ctrl_c_before_the_first_token_says_that_the_question_was_not_kept():
