@@ -845,6 +845,12 @@ def test_an_event_over_the_limit_raises_after_those_before_it():
             decoder.decode(line)
 
 
+def test_half_a_surrogate_pair_in_a_line_is_replaced():
+    decoder = SSEDecoder()
+    assert decoder.decode("data: a\ud83d") is None
+    assert re.fullmatch("a\ufffd+", decoder.decode("").data)
+
+
 @pytest.mark.parametrize(("stream", "most"), LARGE.values(), ids=LARGE)
 def test_decoding_takes_linear_time_and_the_memory_of_one_event(stream, most):
     """Eight times the bytes take eight times as long; 32 on a noisy machine; not 64."""
@@ -1823,6 +1829,9 @@ for name, (payload, _) in SHAPES.items():
     BODIES[f"error: {name}"] = body(APIError, *BEGUN, sse(payload), DONE)
     as_json = json.dumps(payload).encode()
     BODIES[f"JSON of an error: {name}"] = body(APIError, as_json, text="")
+BODIES["field error, no UTF-8"] = body(
+    APIError, *BEGUN, b"error: \xff %s\n\n" % CANARY.encode()
+)
 SERVERS |= {
     "an error, kept open": ([HEAD, BEGUN, FAILED, GONE], {}, APIError, CANARY, "Hello"),
     "an error for models": ([http(b'{"error": "boom"}')], LIST, APIError, "boom", ""),
@@ -1983,7 +1992,11 @@ SERVERS |= {
 # ---- HTML, plain text or nothing, with status 200: `APIResponseValidationError`
 
 NEITHER = {"text": "", "if_broken": Truncated}  # no event stream and no JSON
+MODEL_ALONE = sse({"id": "c", "model": "m", "choices": []})
+USED_ALONE = sse({"choices": [], "usage": {"total_tokens": 5}})
 BODIES |= {
+    "a model, then a line": body(Truncated, MODEL_ALONE, b"hm\n", says="cut", text=""),
+    "usage, then a line": body(Truncated, USED_ALONE, b"hm\n", says="cut", text=""),
     "HTML": body(Invalid, PAGE, says="Sign in", kind="text/html", **NEITHER),
     "HTML as a stream": body(Invalid, PAGE, says="Sign in", **NEITHER),
     "text as a stream": body(Invalid, b"error code: 524\n", says="524", **NEITHER),
@@ -5322,6 +5335,15 @@ def test_what_names_a_secret(name):
     with serve(refuse(400, body=KEY)) as server:
         error = ask_sync(server.url, headers={name: CANARY}).error
     assert CANARY[:4] not in everything(error)
+
+
+def test_a_secret_that_begins_with_another_is_left_out_whole():
+    both = {"X-Key": CANARY, "X-Other-Key": f"{CANARY}-and-more"}
+    told = refuse(400, body=both["X-Other-Key"].encode())
+    for headers in (both, dict(reversed(both.items()))):
+        with serve(told) as server:
+            error = ask_sync(server.url, headers=headers).error
+        assert CANARY[:4] not in everything(error) and "more" not in everything(error)
 
 
 async def test_the_request_of_an_auth_flow_is_read_within_the_timeout(chat):
