@@ -5593,7 +5593,8 @@ async def test_a_socks_proxy_without_its_package_is_one_line(chat, monkeypatch, 
     monkeypatch.setenv(name, "socks5://user:pw@127.0.0.1:9")
     error = (await ask(chat, "http://localhost:9", max_retries=0)).error
     assert type(error) is Unreachable
-    assert re.fullmatch(f".*socks.*{name} is socks5://127.0.0.1:9", str(error))
+    advice = r"pip install httpx\[socks\]"
+    assert re.fullmatch(f".*{advice}.*{name} is socks5://127.0.0.1:9", str(error))
 
 
 @pytest.fixture
@@ -5719,7 +5720,7 @@ asyncio.run(main())
 
 # No thread can be started: a limit is reached, or the platform has none.
 NO_THREADS = """
-import threading
+import threading, time
 
 def refuse(thread):
     raise RuntimeError("can't start new thread")
@@ -5735,6 +5736,10 @@ for options in ({}, {"first_token_timeout": 9}):
     for chunk in client.stream("endless"):
         print(chunk.text)
         break
+    began = time.monotonic()
+    print(client.generate("silent", timeout=9).text, time.monotonic() - began < 6)
+    text = "".join(client.stream("silent", timeout=9).text())
+    print(text, time.monotonic() - began < 6)
     client.close()
 """
 
@@ -5746,12 +5751,12 @@ cycle.append(cycle)
 print(next(stream).text)
 """
 
-HELLO_TWICE = "Hello Hello\n401 boom\nx\n"
+WITHOUT_THREADS = "Hello Hello\n401 boom\nx\nHello True\nHello True\n"
 PROGRAMS = {  # and what they print
     "cycles": (CYCLES, "500\n"),
     "forks": (FORKS, "0 0 0 0\n"),
     "async forks": (ASYNC_FORKS, "0\n0\n0\n"),
-    "no threads": (NO_THREADS, HELLO_TWICE * 2),
+    "no threads": (NO_THREADS, WITHOUT_THREADS * 2),
     "left open": (LEFT_OPEN, "x\n"),
 }
 BLOCKED = {"httpx": "httpx2", "httpx2": "httpx"}  # so that the other is the one used
@@ -5778,6 +5783,7 @@ def by_prompt(server):
     known = {"whole": LATE_END, "refused": play(refuse(401), KEEP)}
     known["endless"] = play(HEAD, itertools.repeat((chunk("x"), 0.01)))
     known["cut"] = play(chunked(*BEGUN, end=False))
+    known["silent"] = play(chunked(*HELLO, end=False), GONE)  # after [DONE]
 
     def answer(connection, number):
         prompt = json.loads(server().bodies[number - 1])["messages"][-1]["content"]
