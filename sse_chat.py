@@ -1573,10 +1573,13 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
                 target[name] = _GrowingList.after(old, depth)
             target[name].add(value, depth)
         elif isinstance(value, dict):
-            if not isinstance(old, dict):
+            if isinstance(old, dict):
+                _merge(old, value, depth + 1)
+            else:
                 text = old if isinstance(old, bytearray) else None
-                old = target[name] = {"text": text} if text else {}
-            _merge(old, value, depth + 1)
+                new: Json = {"text": text} if text else {}
+                _merge(new, value, depth + 1)  # before it is kept: it may be too deep
+                target[name] = new
         else:
             target[name] = _clean_copy(value, depth)
 

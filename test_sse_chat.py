@@ -1391,8 +1391,12 @@ def test_the_first_id_and_ending_and_the_latest_usage_count():
     assert made.choices[0].finish_reason == "stop"
 
 
-def levels(number):
-    return functools.reduce(lambda inner, _: [inner], range(number), 1)
+def levels(number, level=lambda inner: [inner], innermost=1):
+    return functools.reduce(lambda inner, _: level(inner), range(number), innermost)
+
+
+def texts(number):
+    return levels(number, lambda inner: {"text": inner}, "x")
 
 
 def with_calls(*calls):
@@ -1425,6 +1429,10 @@ LIMITS = {
     "levels in a part": (
         98,
         lambda n: {"choices": [{"delta": {"x": [{"type": "text", "b": levels(n)}]}}]},
+    ),
+    "levels in a text": (
+        99,
+        lambda n: {"choices": [{"delta": {"x": texts(n)}}]},
     ),
     "levels in a call": (100, lambda n: with_calls({"x": levels(n)})),
     "levels in logprobs": (
