@@ -1553,7 +1553,8 @@ def _add_text(target: Json, name: str, text: str) -> None:
 def _merge(target: Json, addition: Json, depth: int = 1) -> None:
     """Add to a dict: the growing texts and lists grow, dicts are merged.
 
-    Other values are replaced; null and "" replace nothing.
+    Other values are replaced; null and "" replace nothing. `depth` is that of the
+    values of the dict in their payload. Raises ValueError beyond MAX_DEPTH.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"JSON of more than {MAX_DEPTH} levels")
@@ -1604,6 +1605,7 @@ class _GrowingList(list[Any]):
         return items
 
     def add(self, items: list[Any], depth: int) -> None:
+        """Add items; `depth` is that of the list, as in `_merge`."""
         for item in items:
             if isinstance(item, (int, float)):
                 self.append(item)  # Micro-optimization: numbers need no copy.
