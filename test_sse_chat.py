@@ -571,6 +571,30 @@ def finished(coroutine):
     return end.value.value
 
 
+def in_every_mode(check, rows):
+    """Run a check with each row, as sync code and under each loop.
+
+    All run at the same time, since each waits a lot.
+    """
+    modes = filter(is_there, ("sync", "asyncio", "trio"))
+    ways = [*itertools.product(rows, modes)]
+
+    def run(name, mode):
+        if mode == "sync":
+            return finished(check(SYNC, *rows[name]))
+        return anyio.run(check, ASYNC, *rows[name], backend=mode)
+
+    with concurrent.futures.ThreadPoolExecutor(len(ways)) as pool:
+        running = [pool.submit(run, *way) for way in ways]
+    failures = []
+    for way, each in zip(ways, running, strict=True):
+        if error := each.exception():
+            error.add_note(", ".join(way))
+            failures.append(error)
+    if failures:
+        raise BaseExceptionGroup("some rows fail", failures)
+
+
 async def take(source):
     """Take a stream, chunks, or what `generate` gives; other errors fail the test."""
     answer = SimpleNamespace(stream=source, chunks=[], error=None)
@@ -2700,30 +2724,16 @@ async def test_every_end_leaves_the_connection_free(chat, row):
         await check_server(chat, *row)
 
 
-async def test_every_slow_end_leaves_the_connection_free(chat, monkeypatch):
-    """All at once, since each takes its time."""
+def test_every_slow_end_leaves_the_connection_free(monkeypatch):
     assert sse_chat._ERROR_BODY_TIMEOUT == 5
     monkeypatch.setattr(sse_chat, "_ERROR_BODY_TIMEOUT", 1.5)
-    failures = {}
 
-    async def check(name, steps, options, *due):
+    async def check(chat, steps, options, *due):
         options = dict(options)
-        try:
-            if options.pop("only", chat) is chat:
-                await check_server(chat, steps, options, *due)
-        except (Exception, pytest.fail.Exception) as error:
-            failures[name] = error
+        if options.pop("only", chat) is chat:
+            await check_server(chat, steps, options, *due)
 
-    rows = [(name, *row) for name, row in SLOW_SERVERS.items()]
-    if chat is SYNC:
-        with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
-            for row in rows:
-                pool.submit(finished, check(*row))
-    else:
-        async with anyio.create_task_group() as tasks:
-            for row in rows:
-                tasks.start_soon(check, *row)
-    assert failures == {}
+    in_every_mode(check, SLOW_SERVERS)
 
 
 DEFAULT = object()
@@ -3545,73 +3555,55 @@ ALL_ENDED = (HEAD, HELLO[:3])
 IN_TIME, LATER = ((0.3, FILTER_ALONE) * 3, USAGE_ALONE), (0.1, PING, USAGE_ALONE)
 ENDED_AGAIN = (event("!"), (PING, 0.05) * 20, event(finish="stop"), DONE)
 ONE_LATER = ((PING, 0.05) * 20, ONE_ENDS, DONE)
-BRIEF_WAIT = {"timeout": 0.8}
+BRIEF_WAIT, LONG_WAIT = {"timeout": 0.8}, {"timeout": 20}
 THINKING = event(reasoning="hm", finish="stop")
 THINKING_IN_DETAILS = event(reasoning_details=[{"text": "hm"}], finish="stop")
 AT_A_LIMIT = (event(reasoning="hm"), event(finish="length"))
-WAITS = {  # what a server does, options; the tokens told, the least and most seconds
-    "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, None, 0.8, 5),
-    "silence": ((*ALL_ENDED, GONE), BRIEF_WAIT, None, 0.8, 5),
-    "usage, silence": ((*ALL_ENDED, LATER, GONE), BRIEF_WAIT, 2, 0.8, 5),
-    "each event renews it": ((*ALL_ENDED, IN_TIME, BEATING), BRIEF_WAIT, 2, 1.6, 5),
-    "generate": ((*ALL_ENDED, BEATING), BRIEF_WAIT | {"how": "generate"}, None, 0.8, 5),
-    "a long timeout": ((*ALL_ENDED, BEATING), {"timeout": 20}, None, 1.2, 5),
-    # "stop" may come with a role or with reasoning: before the answer it ends nothing.
-    "no answer yet": ((HEAD, THINKING, 1.5, HELLO), {"timeout": 20}, None, 1.5, 5),
-    "details and no answer yet": (
-        (HEAD, THINKING_IN_DETAILS, 1.5, HELLO),
-        {"timeout": 20},
-        None,
-        1.5,
-        5,
+# What a server does, options; the text, its tokens, the least and most seconds.
+WAITS = {
+    "heartbeats": ((*ALL_ENDED, BEATING), BRIEF_WAIT, "Hello", None, 0.8, 5),
+    "silence": ((*ALL_ENDED, GONE), BRIEF_WAIT, "Hello", None, 0.8, 5),
+    "usage, silence": ((*ALL_ENDED, LATER, GONE), BRIEF_WAIT, "Hello", 2, 0.8, 5),
+    "each event renews it": (
+        (*ALL_ENDED, IN_TIME, BEATING), BRIEF_WAIT, "Hello", 2, 1.6, 5,
     ),
-    "no answer comes": ((HEAD, THINKING, BEATING), BRIEF_WAIT, None, 0.8, 5),
+    "generate": (
+        (*ALL_ENDED, BEATING), BRIEF_WAIT | GENERATE, "Hello", None, 0.8, 5,
+    ),
+    "a long timeout": ((*ALL_ENDED, BEATING), LONG_WAIT, "Hello", None, 1.2, 5),
+    # "stop" may come with a role or with reasoning: before the answer it ends nothing.
+    "no answer yet": ((HEAD, THINKING, 1.5, HELLO), LONG_WAIT, "Hello", None, 1.5, 5),
+    "details and no answer yet": (
+        (HEAD, THINKING_IN_DETAILS, 1.5, HELLO), LONG_WAIT, "Hello", None, 1.5, 5,
+    ),
+    "no answer comes": ((HEAD, THINKING, BEATING), BRIEF_WAIT, "", None, 0.8, 5),
     "thinking at a limit": (
-        (HEAD, *AT_A_LIMIT, BEATING),
-        {"timeout": 20},
-        None,
-        1.2,
-        5,
+        (HEAD, *AT_A_LIMIT, BEATING), LONG_WAIT, "", None, 1.2, 5,
     ),
     # While a choice goes on, heartbeats are waited for.
-    "opened again": ((*ALL_ENDED, ENDED_AGAIN), BRIEF_WAIT, None, 1, 5),
-    "one of two ended": ((*ALL_ENDED, *ONE_LATER), BRIEF_WAIT | {"n": 2}, None, 1, 5),
-}
-
-
-def wait_as(mode, steps, options):
-    """Ask in this mode; return the answer, and how long it took."""
-    with serve(play(*steps)) as server:
-        began = time.monotonic()
-        if mode == "sync":
-            answer = ask_sync(server.url, **options)
-        else:
-            asking = functools.partial(ask, ASYNC, server.url, **options)
-            answer = anyio.run(asking, backend=mode)
-        return answer, time.monotonic() - began
+    "opened again": ((*ALL_ENDED, ENDED_AGAIN), BRIEF_WAIT, "Hello!", None, 1, 5),
+    "one of two ended": (
+        (*ALL_ENDED, *ONE_LATER), BRIEF_WAIT | {"n": 2}, "Hello", None, 1, 5,
+    ),
+}  # fmt: skip
 
 
 def test_the_wait_after_the_last_end_is_bounded(monkeypatch):
     """By 5 s or `timeout`, from the last event on: heartbeats are none."""
     assert sse_chat.ENDING_TIMEOUT == 5
     monkeypatch.setattr(sse_chat, "ENDING_TIMEOUT", 1.2)
-    modes = filter(is_there, ("sync", "asyncio", "trio"))
-    ways = [*itertools.product(WAITS, modes)]
-    with concurrent.futures.ThreadPoolExecutor(len(ways)) as pool:
-        waiting = [pool.submit(wait_as, mode, *WAITS[name][:2]) for name, mode in ways]
-    for way, each in zip(ways, waiting, strict=True):
-        answer, seconds = each.result()
-        *_, tokens, least, most = WAITS[way[0]]
-        assert answer.error is None, way
-        due = {
-            "opened again": "Hello!",
-            "no answer comes": "",
-            "thinking at a limit": "",
-        }
-        assert answer.completion.text == due.get(way[0], "Hello"), way
+
+    async def check(chat, steps, options, text, tokens, least, most):
+        with serve(play(*steps)) as server:
+            began = time.monotonic()
+            answer = await ask(chat, server.url, **options)
+            seconds = time.monotonic() - began
+        assert (answer.error, answer.completion.text) == (None, text)
         usage = answer.completion.usage
-        assert (usage.total_tokens if usage else None) == tokens, way
-        assert least - 0.05 <= seconds < most, way
+        assert (usage.total_tokens if usage else None) == tokens
+        assert least - 0.05 <= seconds < most
+
+    in_every_mode(check, WAITS)
 
 
 # ---- Tool calls ----------------------------------------------------------------------
