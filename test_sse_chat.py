@@ -2442,14 +2442,18 @@ async def test_a_connection_is_used_again_after_the_end(chat, answer):
         assert server.connections == 1
 
 
-async def test_the_clock_of_the_first_token_stops_with_its_call(chat):
+def test_the_clock_of_the_first_token_stops_with_its_call():
     """Over the same connection, the next call may take longer."""
-    slow = play(HEAD, BEGUN, (PING, 0.1) * 9, ENDING)
-    with serve(in_turn(GOOD_KEPT, slow)) as server:
-        async with chat.client(base_url=server.url, first_token_timeout=0.7) as client:
-            answers = [await take(client.stream("hi")) for _ in range(2)]
-        assert [(a.text, a.error) for a in answers] == [("Hello", None)] * 2
-        assert server.connections == 1
+
+    async def check(chat, *steps):
+        with serve(in_turn(GOOD_KEPT, play(*steps))) as server:
+            options = {"base_url": server.url, "first_token_timeout": 0.7}
+            async with chat.client(**options) as client:
+                answers = [await take(client.stream("hi")) for _ in range(2)]
+            assert [(a.text, a.error) for a in answers] == [("Hello", None)] * 2
+            assert server.connections == 1
+
+    in_every_mode(check, {"a slow end": (HEAD, BEGUN, (PING, 0.1) * 9, ENDING)})
 
 
 @pytest.mark.life
@@ -5355,9 +5359,9 @@ async def test_the_request_of_an_auth_flow_is_read_within_the_timeout(chat):
     """It comes without the time limits that httpx puts on a request."""
     with serve(play(HEAD, BEGUN, GONE)) as server:
         async with own_client(chat, auth=FreshKey(copies=True)) as own:
-            answer = await ask(chat, server.url, client=own, timeout=0.3)
+            answer = await ask(chat, server.url, client=own, timeout=0.2)
     assert (type(answer.error), answer.text) == (Truncated, "Hello")
-    assert "no data for 0.3 s" in str(answer.error)
+    assert "no data for 0.2 s" in str(answer.error)
 
 
 async def test_a_key_that_no_header_can_hold_is_not_shown(chat):
@@ -7518,7 +7522,7 @@ def reset(connection):
 
 
 NETWORK = httpx.TransportError
-OWN_TIMEOUT = {"timeout": httpx.Timeout(9, read=0.3)}
+OWN_TIMEOUT = {"timeout": httpx.Timeout(9, read=0.2)}
 GOES_ON = {  # what a server does, options; the error that on_error gets, if any
     "the end of a body": (answer_of(b": hi\n\n"), {}, None),
     "an empty body": (answer_of(), {}, None),
@@ -7530,7 +7534,7 @@ GOES_ON = {  # what a server does, options; the error that on_error gets, if any
     "a reset for an answer": (play(reset), {}, NETWORK),
     "a head that is cut": (HEAD[:-9], {}, NETWORK),
     "no HTTP": (b"nonsense\r\n\r\n", {}, NETWORK),
-    "no head for the timeout": (play(GONE), {"timeout": 0.3}, httpx.ReadTimeout),
+    "no head for the timeout": (play(GONE), {"timeout": 0.2}, httpx.ReadTimeout),
     "silence in the body": (play(HEAD, PING, GONE), OWN_TIMEOUT, httpx.ReadTimeout),
     **{f"status {n}": (refuse(n), {}, n) for n in (408, 429, *range(500, 505), 599)},
     "an error that never ends": (play(ERROR_HEAD, PING, GONE), {}, 500),
@@ -7869,14 +7873,14 @@ async def test_a_wait_goes_on_however_often_it_is_cancelled(anyio_backend):
 
     handle = in_turn(play(note_time, refuse(503)), play(note_time, X))
     with serve(handle) as server:
-        async with sse_chat.alisten(server.url, retry=0.4) as source:
+        async with sse_chat.alisten(server.url, retry=0.2) as source:
             events = []
             with anyio.fail_after(20):
                 while not events:
-                    with anyio.move_on_after(0.08):
+                    with anyio.move_on_after(0.04):
                         events.append(await anext(source))
     assert [event.data for event in events] == ["x"]
-    assert asked[1] - asked[0] >= 0.36
+    assert asked[1] - asked[0] >= 0.18
 
 
 async def test_it_does_wait(chat):
@@ -8331,7 +8335,7 @@ async def test_closing_wakes_who_waits(chat, phase):
         anyio.from_thread.BlockingPortal() as portal,
     ):
         while not took or (at_once and 0.05 < took[-1] < 1 and len(took) < 5):
-            source = listening(chat, timeout=5 if at_once else 0.3, **options)
+            source = listening(chat, timeout=5 if at_once else 0.2, **options)
             if "body" in phase:
                 assert await anext(source) == as_event("x")
                 waits.release()
@@ -8798,7 +8802,7 @@ SHOWN = {
     "torn": (chunked(*CUT, end=False), 3, "Hello\n", "", ".*cut off"),
     "torn JSON": (IN_ONE_PIECE[:-20], 3, "", "", ".*cut off"),
     "torn in a tag": (http(event("<thi")), 3, "<thi\n", "", ".*cut off"),
-    "silent": (SILENT_ANSWER, 3, "Hello\n", "", ".*no data for 0.3 s"),
+    "silent": (SILENT_ANSWER, 3, "Hello\n", "", ".*no data for 0.2 s"),
     "silent from the start": (SILENT_FROM_THE_START, 1, "", "", ".*first token"),
     "failed": (ENDED_BY_ERROR, 3, "Hello\n", "", ".*'error'"),
     "a bad event": (NO_EVENT, 1, "Hello\n", "", ".*oops"),
@@ -8819,7 +8823,7 @@ for words, told in ((LIMIT_WORDS, AT_LIMIT), (FILTER_WORDS, AT_FILTER)):
 def test_answer(cli, name, how):
     answer, code, text, reasoning, told = SHOWN[name]
     is_silent = answer in (SILENT_ANSWER, SILENT_FROM_THE_START)
-    timeout = "--timeout=0.3" if is_silent else f"--timeout={PATIENCE}"
+    timeout = "--timeout=0.2" if is_silent else f"--timeout={PATIENCE}"
     with serve(answer) as server:
         got, out, err = cli(*to(server), timeout, *how.split(), "hi")
     if how == "--json":  # what came stays printed, as it came
@@ -9499,13 +9503,13 @@ def test_ctrl_c_keeps_what_has_come(kept):
 
 def test_the_speed_is_that_between_the_first_and_the_last_token(cli):
     """And not the time before and after them, which is long here."""
-    for tokens, wait in ((3, 0.05), (1, 0)):  # of one there is none
+    for tokens, wait in ((3, 0.03), (1, 0)):  # of one there is none
         three = [event("x"), wait, event("x"), wait, event("x")]
         steps = (8 * wait, HEAD, *three, 8 * wait, using(7, tokens), *STOP)
         with serve(play(*steps)) as server:
             err = cli(*to(server), "--usage", "hi")[2]
         speed = re.search(r"([\d.]+) tokens/s\n\Z", err)
-        assert 4.4 < float(speed[1]) < 24 if tokens > 1 else not speed
+        assert 7.4 < float(speed[1]) < 40 if tokens > 1 else not speed
 
 
 # ---- Demo server ---------------------------------------------------------------------
@@ -9517,7 +9521,7 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
     What it streams is the same, in the form that a real server has.
     """
     ask, n = user("blue whales") | params, params.get("n", 1)
-    with sse_chat.demo_server() as url, httpx.Client(verify=NO_TLS) as client:
+    with sse_chat.demo_server(delay=0) as url, httpx.Client(verify=NO_TLS) as client:
         assert url.endswith("/v1")
         listed_models = client.get(f"{url}/models").json()
         url += "/chat/completions"
@@ -9672,7 +9676,7 @@ def test_demo_server_takes_its_key_and_ends_with_its_context():
     before = set(threading.enumerate())
     with httpx.Client(verify=NO_TLS) as client:
         options = {"api_key": "sk-right", "client": client}
-        with sse_chat.demo_server(delay=0.02, api_key="sk-right") as url:
+        with sse_chat.demo_server(delay=0.01, api_key="sk-right") as url:
             unread = sse_chat.stream_chat("hi", base_url=url, **options)
             assert next(unread)
             assert sse_chat.models(base_url=url, **options) == ["demo"]
