@@ -571,11 +571,12 @@ def finished(coroutine):
     return end.value.value
 
 
-def in_every_mode(check, rows):
+def in_every_mode(check, rows=None):
     """Run a check with each row, as sync code and under each loop.
 
     All run at the same time, since each waits a lot.
     """
+    rows = rows or {"it": ()}
     modes = filter(is_there, ("sync", "asyncio", "trio"))
     ways = [*itertools.product(rows, modes)]
 
@@ -1950,10 +1951,13 @@ def test_the_first_stream_of_a_process_is_timed(monkeypatch):
     assert (type(error), "0.2 s" in str(error)) == (Timeout, True)
 
 
-async def test_first_token_timeout_ends_retries(chat):
-    with serve(play(after(0.05), KEEP)) as server:
-        error = (await ask(chat, server.url, max_retries=10**6, **FIRST)).error
-    assert type(error) in (Status, Timeout)
+def test_first_token_timeout_ends_retries():
+    async def check(chat):
+        with serve(play(after(0.05), KEEP)) as server:
+            error = (await ask(chat, server.url, max_retries=10**6, **FIRST)).error
+        assert type(error) in (Status, Timeout)
+
+    in_every_mode(check)
 
 
 CLOCKED = """
@@ -2445,15 +2449,16 @@ async def test_a_connection_is_used_again_after_the_end(chat, answer):
 def test_the_clock_of_the_first_token_stops_with_its_call():
     """Over the same connection, the next call may take longer."""
 
-    async def check(chat, *steps):
-        with serve(in_turn(GOOD_KEPT, play(*steps))) as server:
+    async def check(chat):
+        slow = play(HEAD, BEGUN, (PING, 0.1) * 9, ENDING)
+        with serve(in_turn(GOOD_KEPT, slow)) as server:
             options = {"base_url": server.url, "first_token_timeout": 0.7}
             async with chat.client(**options) as client:
                 answers = [await take(client.stream("hi")) for _ in range(2)]
             assert [(a.text, a.error) for a in answers] == [("Hello", None)] * 2
             assert server.connections == 1
 
-    in_every_mode(check, {"a slow end": (HEAD, BEGUN, (PING, 0.1) * 9, ENDING)})
+    in_every_mode(check)
 
 
 @pytest.mark.life
@@ -5355,13 +5360,17 @@ def test_a_secret_that_begins_with_another_is_left_out_whole():
         assert CANARY[:4] not in everything(error) and "more" not in everything(error)
 
 
-async def test_the_request_of_an_auth_flow_is_read_within_the_timeout(chat):
+def test_the_request_of_an_auth_flow_is_read_within_the_timeout():
     """It comes without the time limits that httpx puts on a request."""
-    with serve(play(HEAD, BEGUN, GONE)) as server:
-        async with own_client(chat, auth=FreshKey(copies=True)) as own:
-            answer = await ask(chat, server.url, client=own, timeout=0.2)
-    assert (type(answer.error), answer.text) == (Truncated, "Hello")
-    assert "no data for 0.2 s" in str(answer.error)
+
+    async def check(chat):
+        with serve(play(HEAD, BEGUN, GONE)) as server:
+            async with own_client(chat, auth=FreshKey(copies=True)) as own:
+                answer = await ask(chat, server.url, client=own, timeout=0.3)
+        assert (type(answer.error), answer.text) == (Truncated, "Hello")
+        assert "no data for 0.3 s" in str(answer.error)
+
+    in_every_mode(check)
 
 
 async def test_a_key_that_no_header_can_hold_is_not_shown(chat):
@@ -6749,15 +6758,18 @@ async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits)
 # ---- What an error says of its attempts, and what of secrets -------------------------
 
 
-async def test_the_time_of_an_error_is_that_of_all_attempts(chat, waits):
-    with serve(play(0.1)) as server:
-        error = (await ask(chat, server.url)).error
-        assert 0.3 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
-        assert re.search(r"\b3 (attempts|tries|requests)", str(error))
-        error = (await ask(chat, server.url, max_retries=0)).error
-        assert 0.1 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
-        assert not re.search(r"\b[23] (attempts|tries|requests)", str(error))
-    assert len(server.heads) == 4
+def test_the_time_of_an_error_is_that_of_all_attempts(waits):
+    async def check(chat):
+        with serve(play(0.1)) as server:
+            error = (await ask(chat, server.url)).error
+            assert 0.3 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
+            assert re.search(r"\b3 (attempts|tries|requests)", str(error))
+            error = (await ask(chat, server.url, max_retries=0)).error
+            assert 0.1 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
+            assert not re.search(r"\b[23] (attempts|tries|requests)", str(error))
+        assert len(server.heads) == 4
+
+    in_every_mode(check)
 
 
 async def test_a_logger_tells_of_each_retry(chat, waits, caplog):
@@ -7623,14 +7635,19 @@ async def test_a_mistake_in_a_hook_is_no_network_error(chat, delays):
         assert len(server.heads) == 1
 
 
-async def test_comments_are_no_silence(chat, delays):
+def test_comments_are_no_silence(delays):
     """They may come for much longer than the timeout; what follows them may not."""
-    errors = []
-    alive = play(HEAD, [(PING, 0.05)] * 6, b"data: x\n\n", 5)
-    with serve(in_turn(alive, END)) as server:
-        options = {"timeout": 0.2, "on_error": errors.append}
-        assert await listen_to_end(chat, server.url, **options) == [as_event("x")]
-    assert [type(error) for error in errors] == [httpx.ReadTimeout]
+
+    async def check(chat):
+        errors = []
+        alive = play(HEAD, [(PING, 0.05)] * 6, b"data: x\n\n", 5)
+        with serve(in_turn(alive, END)) as server:
+            options = {"timeout": 0.2, "on_error": errors.append}
+            events = await listen_to_end(chat, server.url, **options)
+        assert events == [as_event("x")]
+        assert [type(error) for error in errors] == [httpx.ReadTimeout]
+
+    in_every_mode(check)
 
 
 async def test_a_hook_that_raises_for_the_status_changes_nothing(chat, delays):
@@ -9078,6 +9095,15 @@ BAD_UTF8 = '"$@" "$(printf "say \\\\342\\\\200")"'
 
 # What a shell does with it, an option; the exit code, and both outputs.
 PROCESSES = {
+    # The demo takes its time, and so comes first.
+    "ASCII by PYTHONIOENCODING": (
+        'PYTHONIOENCODING=ascii "$@"', "--demo", 0, WROTE, ".+",
+    ),
+    "the locale C": ('PYTHONCOERCECLOCALE=0 LC_ALL=C "$@"', "--demo", 0, WROTE, ".+"),
+    "the locale C without UTF-8": (
+        'PYTHONCOERCECLOCALE=0 LC_ALL=C PYTHONUTF8=0 "$@"', "--demo", 0, WROTE, ".+",
+    ),
+    "proxies": (f'{PROXIES} "$@"', "--demo", 0, WROTE, ".+"),
     "no standard error": ('"$@" 2>&-', "--no-stream", 0, "Hello\n", ""),
     "no standard input": ('"$@" <&-', "--no-stream", 0, "Hello\n", "hm\n"),
     "no standard output": (
@@ -9098,14 +9124,6 @@ PROCESSES = {
         'PYTHONPROFILEIMPORTTIME=1 "$@"', "--help", 0, r"(?!.*--\S*key).*--demo.*",
         LIGHT,
     ),
-    "ASCII by PYTHONIOENCODING": (
-        'PYTHONIOENCODING=ascii "$@"', "--demo", 0, WROTE, ".+",
-    ),
-    "the locale C": ('PYTHONCOERCECLOCALE=0 LC_ALL=C "$@"', "--demo", 0, WROTE, ".+"),
-    "the locale C without UTF-8": (
-        'PYTHONCOERCECLOCALE=0 LC_ALL=C PYTHONUTF8=0 "$@"', "--demo", 0, WROTE, ".+",
-    ),
-    "proxies": (f'{PROXIES} "$@"', "--demo", 0, WROTE, ".+"),
     "bad UTF-8": (BAD_UTF8, "--demo", 2, "", ".*prompt: invalid UTF-8.*"),
     "as a module": (AS_MODULE, "--version", 0, "sse_chat [0-9.]+\n", ""),
     "as a script": (AS_SCRIPT, "--version", 0, "sse_chat [0-9.]+\n", ""),
