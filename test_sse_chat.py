@@ -1416,6 +1416,12 @@ def test_the_first_id_and_ending_and_the_latest_usage_count():
     assert made.choices[0].finish_reason == "stop"
 
 
+def test_the_first_role_counts():
+    roles = [event(role=role) for role in ("", None, "model", "assistant")]
+    [choice] = chunks_in(*roles, *HELLO).completion.choices
+    assert choice.message.role == "model"
+
+
 def levels(number, level=lambda inner: [inner], innermost=1):
     return functools.reduce(lambda inner, _: level(inner), range(number), innermost)
 
@@ -1625,6 +1631,7 @@ BODIES |= {
     "no text": body(None, event(role="assistant"), DONE, text="", finish=None),
     "white space": body(None, *(p.replace(b" {", b"  \t{", 1) for p in HELLO)),
     "data in lines": body(None, *(p.replace(b" {", b"\ndata:{", 1) for p in HELLO)),
+    "half an error after [DONE]": body(None, *HELLO, b"event: error\ndata: no\n"),
     "more at the end": body(
         None, *BEGUN, STOPPED, PING, FILTER_ALONE, USAGE_ALONE, DONE
     ),
@@ -3265,6 +3272,7 @@ def page(title):
 TITLE = "example.com | 520: unknown error"
 MESSAGES = {  # what a server sent, and what tells most in it
     "raw": ({"error": PROVIDER | {"metadata": {"raw": TOLD}}}, TOLD),
+    "a number in a text": ({"error": {"message": "1e5"}}, "1e5"),
     "raw JSON": (
         {"error": PROVIDER | {"metadata": {"raw": INNER, "provider_name": "P"}}},
         TOLD,
@@ -3566,6 +3574,7 @@ ENDED_AGAIN = (event("!"), (PING, 0.05) * 20, event(finish="stop"), DONE)
 ONE_LATER = ((PING, 0.05) * 20, ONE_ENDS, DONE)
 BRIEF_WAIT, LONG_WAIT = {"timeout": 0.8}, {"timeout": 20}
 THINKING = event(reasoning="hm", finish="stop")
+NO_ANSWER = event(role="assistant", finish="stop")
 THINKING_IN_DETAILS = event(reasoning_details=[{"text": "hm"}], finish="stop")
 AT_A_LIMIT = (event(reasoning="hm"), event(finish="length"))
 # What a server does, options; the text, its tokens, the least and most seconds.
@@ -3584,6 +3593,9 @@ WAITS = {
     "no answer yet": ((HEAD, THINKING, 1.5, HELLO), LONG_WAIT, "Hello", None, 1.5, 5),
     "details and no answer yet": (
         (HEAD, THINKING_IN_DETAILS, 1.5, HELLO), LONG_WAIT, "Hello", None, 1.5, 5,
+    ),
+    "a role and no answer yet": (
+        (HEAD, NO_ANSWER, 1.5, HELLO), LONG_WAIT, "Hello", None, 1.5, 5,
     ),
     "no answer comes": ((HEAD, THINKING, BEATING), BRIEF_WAIT, "", None, 0.8, 5),
     "thinking at a limit": (
@@ -5119,11 +5131,14 @@ def test_streams_over_few_connections(chat, anyio_backend, name):
     """The rules reach each kind of end."""
     seen = collections.Counter()
     machine = functools.partial(Streams, chat, anyio_backend, needs(name), seen)
-    runs = max(15, examples(0.15).max_examples)  # fewer do not reach all
+    runs = max(15, examples(0.15).max_examples)
     unshrunk = settings(max_examples=runs, phases=[Phase.generate])
-    stateful.run_state_machine_as_test(machine, settings=unshrunk)
-    reached = "whole", "cut off", "error", "close while it is read", "drop while open"
-    assert all(seen[name] for name in reached)
+    ends = {"whole", "cut off", "error", "close while it is read", "drop while open"}
+    for _ in range(5):  # few runs do not always reach all
+        stateful.run_state_machine_as_test(machine, settings=unshrunk)
+        if ends <= (+seen).keys():
+            break
+    assert ends <= (+seen).keys()
 
 
 class Http2Server(Server):
@@ -5502,6 +5517,7 @@ INVALID_OPTIONS = {
     "NUL in a name": ({"headers": {"X\0": ""}}, ValueError, "header"),
     "a header of int": ({"headers": {"X": 5}}, TypeError, "X"),
     "an int as a header": ({"headers": {5: "X"}}, TypeError, "5"),
+    "max_retries -1": ({"max_retries": -1}, ValueError, "max_retries"),
     **each("timeout {}", UNFIT, lambda n: ({"timeout": n}, ValueError, "timeout")),
     **each("first_token_timeout {}", UNFIT, lambda n: (
         {"first_token_timeout": n}, ValueError, "first_token",
@@ -6830,6 +6846,22 @@ def whole_chain(error):
 
 
 QUICK = {name: echo for name, echo in ECHOES.items() if name != "timeout"}
+
+
+async def test_a_transport_of_the_caller_shows_no_secret(chat):
+    """Not even by an exception that does not have the request."""
+
+    def answer(request):
+        raise OSError(f"bad key {request.headers['x-api-key']}")
+
+    options = {
+        "transport": httpx.MockTransport(answer),
+        "headers": {"x-api-key": CANARY},
+    }
+    async with own_client(chat, **options) as own:
+        error = (await ask(chat, "http://h", client=own, max_retries=0)).error
+    assert (type(error), "bad key" in str(error)) == (Unreachable, True)
+    assert CANARY[:9] not in everything(error)
 
 
 @pytest.mark.parametrize("answer", QUICK.values(), ids=QUICK)
@@ -10337,6 +10369,21 @@ async def list_of(items: AsyncIterator[str]) -> list[str]:
 
 def test_readme_fixture(base_url):
     assert sse_chat.models(base_url=base_url) == ["demo"]
+
+
+def test_the_demo_shows_its_tokens_one_after_the_other(cli):
+    began = time.monotonic()
+    assert cli("--demo", "-o", "max_tokens=9", "hi")[1]
+    assert time.monotonic() - began >= 9 * 0.02
+
+
+def test_the_demo_server_is_gone_at_once():
+    took = []
+    for _ in range(3):
+        with sse_chat.demo_server():
+            began = time.monotonic()
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.3
 
 
 def test_the_demo_server_waits_before_each_token():
