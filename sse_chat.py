@@ -2912,13 +2912,12 @@ class _Request:
             content=self.content,
             timeout=timeout,
         )
-        self.add_secrets(request)
         return request
 
     def add_secrets(self, request: Request) -> None:
         """Add the secrets that a caller's client has put in, and note if there are any.
 
-        Called again after sending: only then has its `auth` put a key in.
+        Called once it was sent, or failed to be: only then has its `auth` put a key in.
         """
         self.secrets.add(request.headers, str(request.url))
         names = [*request.headers, *request.url.params]
