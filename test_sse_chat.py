@@ -1869,6 +1869,9 @@ for name, (payload, _) in SHAPES.items():
     BODIES[f"error: {name}"] = body(APIError, *BEGUN, sse(payload), DONE)
     as_json = json.dumps(payload).encode()
     BODIES[f"JSON of an error: {name}"] = body(APIError, as_json, text="")
+BODIES["field error in the block of an event"] = body(
+    APIError, HEL, LO.strip(), b"\nerror: %s\n\n" % CANARY.encode()
+)
 BODIES["field error, no UTF-8"] = body(
     APIError, *BEGUN, b"error: \xff %s\n\n" % CANARY.encode()
 )
@@ -2044,6 +2047,9 @@ BODIES |= {
     "HTML as a stream": body(Invalid, PAGE, says="Sign in", **NEITHER),
     "text as a stream": body(Invalid, b"error code: 524\n", says="524", **NEITHER),
     "a line as a stream": body(Invalid, b"Bad Gateway", says="Bad Gat", **NEITHER),
+    "text that begins as a field": body(
+        Invalid, b"database is locked", says="neither", kind="text/plain", **NEITHER
+    ),
     "empty": body(Invalid, says="empty", kind="text/x-empty", **NEITHER),
     "blank": body(Invalid, b"\n\n", says="empty", **NEITHER),
 }
@@ -3322,6 +3328,13 @@ def test_a_404_says_what_most_base_urls_end_in(path):
         error = ask_sync(server.url.replace("/v1", path)).error
     advice = "most servers want a base_url that ends in /v1"
     assert error.advice == ("" if "/v1" in path else advice)
+
+
+def test_the_body_of_an_error_is_kept_up_to_some_64_kib():
+    for size in (65_000, 999_000):
+        with serve(refuse(400, body=b"x" * size)) as server:
+            error = ask_sync(server.url).error
+        assert min(size, 65_536) <= len(error.body) < 200_000
 
 
 def test_an_error_without_a_body_has_none():
@@ -10084,6 +10097,21 @@ def test_a_terminal_that_cannot_be_read_ends_the_conversation():
 
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_help_tells_what_each_option_takes_and_does(cli):
+    _, _, options = cli("--help", COLUMNS="99")[1].rpartition("\noptions:\n")
+    options = re.split(r"\n(?=  -)", options.partition("\n\n")[0])
+    rows = [re.fullmatch(r"(?s).*(--[\w-]+) ?(\S*)\s{2,}\w.*", row) for row in options]
+    takes = {row[1]: row[2] for row in rows if row[2]}
+    assert takes == {
+        "--conversation": "FILE",
+        "--model": "MODEL",
+        "--system": "TEXT",
+        "--base-url": "URL",
+        "--option": "KEY=VALUE",
+        "--timeout": "TIMEOUT",
+    }
 
 
 def test_readme_and_help_tell_the_same_exit_codes(cli):
