@@ -3350,8 +3350,10 @@ def test_an_error_without_a_body_has_none():
 def test_the_response_of_an_error_has_no_header_of_its_framing():
     """Its body is there, unpacked and in one piece."""
     packed = gzip.compress(BOOM_JSON)
-    answer = http(packed, status="400 No", headers="Content-Encoding: gzip\r\n")
-    in_chunks = b"HTTP/1.1 400 No\r\nTransfer-Encoding: chunked\r\n\r\n"
+    headers = "X-Request-Id: r-1\r\nContent-Encoding: gzip\r\n"
+    answer = http(packed, status="400 No", headers=headers)
+    in_chunks = b"HTTP/1.1 400 No\r\nX-Request-Id: r-1\r\n"
+    in_chunks += b"Transfer-Encoding: chunked\r\n\r\n"
     in_chunks += b"%x\r\n%b\r\n0\r\n\r\n" % (len(BOOM_JSON), BOOM_JSON)
     for sent in (answer, in_chunks):
         with serve(sent) as server:
@@ -3359,6 +3361,7 @@ def test_the_response_of_an_error_has_no_header_of_its_framing():
         assert response.json() == json.loads(BOOM_JSON)
         assert not {"content-encoding", "transfer-encoding"} & set(response.headers)
         assert response.headers["content-length"] == str(len(BOOM_JSON))
+        assert response.headers["x-request-id"] == "r-1"
 
 
 def test_the_body_of_an_error_is_utf8_whatever_its_charset():
