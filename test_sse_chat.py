@@ -764,6 +764,7 @@ def cuttings(draw, streams):
 @example([b"data: x\n\n", b"data: 1234\r\ndata: 1", b"23\r\n\r\n", b"", b"\n"], 19)
 @example([b"data: x\n\n", b"data: 12\n\n", b"data: x\n\n"], 7)
 @example([b"id: 1\ndata: x", b"\n", b"\n"], 5)
+@example([b"data: x\ni", b"d: 1\n\n"], 99)
 def test_decoders_follow_the_standard_however_bytes_are_cut(pieces, limit):
     """And at once: nothing is held back for what may come. Over the limit all ends."""
     line_decoder, decoder = sse_chat.SSELineDecoder(), SSEDecoder(limit)
@@ -1416,6 +1417,13 @@ def test_the_first_id_and_ending_and_the_latest_usage_count():
     assert made.choices[0].finish_reason == "stop"
 
 
+def test_an_index_that_is_set_is_written_where_none_was_sent():
+    chunk = ChatCompletionChunk.from_dict({"choices": [{"delta": {}}, {"delta": {}}]})
+    assert not any("index" in choice for choice in chunk.to_dict()["choices"])
+    chunk.choices[1].index = 5
+    assert [choice.get("index") for choice in chunk.to_dict()["choices"]] == [None, 5]
+
+
 def test_the_first_role_counts():
     roles = [event(role=role) for role in ("", None, "model", "assistant")]
     [choice] = chunks_in(*roles, *HELLO).completion.choices
@@ -2038,12 +2046,16 @@ SERVERS |= {
 # ---- HTML, plain text or nothing, with status 200: `APIResponseValidationError`
 
 NEITHER = {"text": "", "if_broken": Truncated}  # no event stream and no JSON
+LONG_PAGE = PAGE + b"<p> </p>\n" * 80
 MODEL_ALONE = sse({"id": "c", "model": "m", "choices": []})
 USED_ALONE = sse({"choices": [], "usage": {"total_tokens": 5}})
 BODIES |= {
     "a model, then a line": body(Truncated, MODEL_ALONE, b"hm\n", says="cut", text=""),
     "usage, then a line": body(Truncated, USED_ALONE, b"hm\n", says="cut", text=""),
     "HTML": body(Invalid, PAGE, says="Sign in", kind="text/html", **NEITHER),
+    "a long page": body(
+        Invalid, LONG_PAGE, says="Sign in", kind="text/html", **NEITHER
+    ),
     "HTML as a stream": body(Invalid, PAGE, says="Sign in", **NEITHER),
     "text as a stream": body(Invalid, b"error code: 524\n", says="524", **NEITHER),
     "a line as a stream": body(Invalid, b"Bad Gateway", says="Bad Gat", **NEITHER),
@@ -2530,7 +2542,7 @@ async def test_every_body_ends_as_its_row_says(chat, body):
                 assert error.completion == answer.completion
                 assert not re.search("x{201}", str(error))
                 assert error.status_code is None
-                assert body.data != PAGE or error.body == PAGE.decode()
+                assert body.kind != "text/html" or error.body == body.data.decode()
                 assert server.url in str(error)
                 assert server.url not in error.message
                 assert body.kind in str(error) or body.if_broken is body.error
@@ -10100,6 +10112,12 @@ def test_a_terminal_that_cannot_be_read_ends_the_conversation():
 
 ROOT = Path(__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", ["--model", "--system", "--option", ""])
+def test_an_argument_that_is_not_utf8_is_refused(cli, option):
+    code, _, err = cli(*option.split(), "\udce2\udc80")
+    assert (code, "invalid UTF-8" in err) == (2, True)
 
 
 def test_help_tells_what_each_option_takes_and_does(cli):
