@@ -764,7 +764,7 @@ def cuttings(draw, streams):
 @example([b"data: x\n\n", b"data: 1234\r\ndata: 1", b"23\r\n\r\n", b"", b"\n"], 19)
 @example([b"data: x\n\n", b"data: 12\n\n", b"data: x\n\n"], 7)
 @example([b"id: 1\ndata: x", b"\n", b"\n"], 5)
-@example([b"data: x\ni", b"d: 1\n\n"], 99)
+@example([b"data: x\n\n", b"data: y\ni", b"d: 1\n\n"], 99)
 def test_decoders_follow_the_standard_however_bytes_are_cut(pieces, limit):
     """And at once: nothing is held back for what may come. Over the limit all ends."""
     line_decoder, decoder = sse_chat.SSELineDecoder(), SSEDecoder(limit)
@@ -1102,6 +1102,13 @@ def as_openai_has_it(ours, theirs):
     pairs = [(k, as_openai_has_it(getattr(ours, k), getattr(theirs, k))) for k in names]
     kind = type(theirs).__name__.replace("FunctionToolCall", "ToolCall")
     return f"{kind}({', '.join(map('='.join, pairs))})"
+
+
+def test_all_types_print_in_one_way():
+    types = [value for value in vars(sse_chat).values() if isinstance(value, type)]
+    ours = [each for each in types if issubclass(each, sse_chat._Model)]
+    assert ChatCompletion in ours
+    assert {each.__repr__ for each in ours} == {sse_chat._Model.__repr__}
 
 
 @given(sent_as(ANSWER_TYPES))
@@ -1880,6 +1887,10 @@ for name, (payload, _) in SHAPES.items():
 BODIES["field error in the block of an event"] = body(
     APIError, HEL, LO.strip(), b"\nerror: %s\n\n" % CANARY.encode()
 )
+LONG_ERROR = {"error": {"details": ["x" * 80] * 99, "message": CANARY}}
+BODIES["a long error on many lines"] = body(
+    APIError, *BEGUN, json.dumps(LONG_ERROR, indent=1).encode(), b"\n"
+)
 BODIES["field error, no UTF-8"] = body(
     APIError, *BEGUN, b"error: \xff %s\n\n" % CANARY.encode()
 )
@@ -1905,6 +1916,18 @@ def test_an_error_of_any_shape_has_its_message_and_code(payload, found):
     assert response.text == text
     assert all(word in str(refused) for word in ("400", server.url))
     assert pickled(sse_chat.generate) is sse_chat.generate  # for a pool of processes
+
+
+def test_the_message_of_an_error_is_looked_for_in_few_texts():
+    """Each holds the next as JSON."""
+    in_text = functools.partial(
+        functools.reduce, lambda inner, _: {"message": json.dumps(inner)}
+    )
+    for times in (1, 8):
+        sent = sse({"error": in_text(range(times), {"message": "x"})})
+        message = chunks_in(sent).error.message
+        assert (message == "x") == (times == 1)
+        assert message == "x" or message.startswith('{"message": "')
 
 
 @pytest.mark.parametrize("times", [1, 3, 5, 400], ids="{} times".format)
@@ -3290,6 +3313,7 @@ def page(title):
 TITLE = "example.com | 520: unknown error"
 MESSAGES = {  # what a server sent, and what tells most in it
     "raw": ({"error": PROVIDER | {"metadata": {"raw": TOLD}}}, TOLD),
+    "a list in a text": ({"error": {"message": json.dumps([{"msg": TOLD}])}}, TOLD),
     "a number in a text": ({"error": {"message": "1e5"}}, "1e5"),
     "raw JSON": (
         {"error": PROVIDER | {"metadata": {"raw": INNER, "provider_name": "P"}}},
