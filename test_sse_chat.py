@@ -3235,6 +3235,8 @@ def test_the_innermost_code_is_that_of_the_error():
             sent = {"error": {"message": TOLD, "code": 1, "type": "s", inner: value}}
             error = chunks_in(sse(sent)).error
             assert (error.code, error.type) == (9, "t")
+    deep = {"code": 1, "error": {"code": 2, "error": {"code": 3}}}
+    assert chunks_in(sse({"error": deep})).error.code == 3
 
 
 def test_an_error_without_a_word_is_one():
@@ -3356,6 +3358,8 @@ def test_a_page_without_a_title_is_told_by_its_text(indent):
 def test_the_text_of_many_errors_has_a_limit():
     many = [[{"message": "word " * 300}] * 10] * 10
     assert len(chunks_in(sse({"errors": many})).error.message) <= 1000
+    short = [{"message": f"fault {number}"} for number in range(30)]
+    assert chunks_in(sse({"errors": short})).error.message.count("fault") == 10
 
 
 @pytest.mark.parametrize("path", ["/v1", "/api", "/api/v1"])
@@ -9451,6 +9455,7 @@ def test_a_tool_call_is_kept_with_all_that_the_server_wants_back(cli, kept):
     with serve(in_turn(THOUGHT_CALL, HI)) as server:
         args = to(server, "-c", str(kept))
         cli(*args, "hi")
+        assert kept.read_bytes().startswith(b"[\n {\n")  # to be read by people, too
         [_, message] = json.loads(kept.read_bytes())
         assert message["reasoning_details"] == [{"type": "x"}]
         assert message["tool_calls"][0]["function"]["name"] == "weather"
@@ -10059,7 +10064,9 @@ def test_commands_of_a_conversation(kept):
     wrong = {"OPENAI_BASE_URL": "ftp://x"}
     both = listed("fir\x07st", "second")
     with serve(both) as server, at_terminal("-u", server.url, **wrong) as tty:
-        assert "asking fir\\x07st\r\n" in tty.expect(">>> ")
+        begin = tty.expect(">>> ")
+        assert "asking fir\\x07st\r\n" in begin
+        assert "/? for help" in begin
         assert "/clear" in tty.say("/?")
         tty.say('"""/first', "... ")
         tty.say("", "... ")
