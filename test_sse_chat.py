@@ -1930,6 +1930,12 @@ def test_the_message_of_an_error_is_looked_for_in_few_texts():
         assert message == "x" or message.startswith('{"message": "')
 
 
+def test_the_message_of_an_error_is_looked_for_in_few_lists():
+    for times, begin in ((2, "x"), (8, "[")):
+        errors = levels(times, innermost={"message": "x"})
+        assert chunks_in(sse({"errors": errors})).error.message.startswith(begin)
+
+
 @pytest.mark.parametrize("times", [1, 3, 5, 400], ids="{} times".format)
 def test_the_message_of_an_error_is_looked_for_in_few_wrappings(times):
     """What is wrapped oftener is shown as the JSON that it is, up to a length."""
