@@ -1583,10 +1583,11 @@ def test_thinking_is_split_off_however_texts_are_cut(pieces, begin):
 
 
 def test_only_what_may_begin_a_tag_is_held_back():
-    texts = iter(["<think>a", "b <", "c </thi", "x</think>", "d <", "e"])
+    texts = iter(["<think>a", "b <", "c </thi", "x <i", "</think>", "d <", "e"])
     parts = sse_chat.split_thinking(texts)
-    thought = [(True, "a"), (True, "b "), (True, "<c "), (True, "</thix")]
-    assert [next(parts) for _ in range(5)] == [*thought, (False, "d <")]
+    thought = ["a", "b ", "<c ", "</thix <i"]
+    assert [next(parts) for _ in range(4)] == [(True, text) for text in thought]
+    assert next(parts) == (False, "d <")
     assert next(texts) == "e"
 
 
@@ -3790,6 +3791,8 @@ TOOL_CALL_ROWS = {
     "again whole at the end": ('0|a|f|{"x": 0|||1} 0|||{"x":1}', 'a|f|{"x":1}'),
     "a leading {}": ('0|a|f|{} 0|||{"x": 0|||1}', 'a|f|{"x":1}'),
     "{} alone": ("0|a|f|{}", "a|f|{}"),
+    "a leading {} of no object": ("0|a|f|{} 0|||oops", "a|f|{}oops"),
+    "two letters and an object": ('0|a|f|ok 0|||{"x": 0|||1}', 'a|f|ok{"x":1}'),
     "{} twice": ("0|a|f|{} 0|||{}", "a|f|{}"),
     "nothing at all": ("0|a|f|", "a|f|{}"),
     "no object stays as joined": ('0|a|f|{"x": 0|||oops', 'a|f|{"x":oops'),
@@ -4221,6 +4224,8 @@ CHANGES = {  # of an attribute, by code; where it shows, and what
     "choices[0].message.tool_calls.pop()": ("tool_calls", []),
     "choices[0].message.tool_calls = None": ("tool_calls", None),
     "choices[0].message.extra = {'x': 2}": ("x", 2),
+    "choices[0].message.extra = {}": ("x", None),
+    "choices[0].message.extra = None": ("x", None),
 }
 
 
@@ -4255,6 +4260,25 @@ def test_what_was_made_by_hand_has_what_is_set():
     made = sse_chat.ChatCompletionMessage(content="Hello", reasoning_content="Hm")
     due = {"role": "assistant", "content": "Hello", "reasoning_content": "Hm"}
     assert without(made.to_dict()) == due
+    for role, sent in (("tool", "tool"), ("", "assistant"), (None, "assistant")):
+        made.role = role
+        assert without(made.to_dict()) == due | {"role": sent}
+
+
+def test_a_chunk_made_by_hand_can_be_added():
+    chunk = ChatCompletionChunk(
+        choices=[
+            ChatCompletionChunk.Choice(
+                logprobs=sse_chat.ChoiceLogprobs(
+                    content=[sse_chat.ChatCompletionTokenLogprob(token="t", logprob=-1)]
+                )
+            )
+        ],
+        usage=sse_chat.CompletionUsage(total_tokens=8),
+    )
+    made = accumulate([chunk])
+    assert made.usage.total_tokens == 8
+    assert made.choices[0].logprobs.content[0].token == "t"
 
 
 def test_unknown_fields_are_in_extra():
@@ -4684,6 +4708,9 @@ def test_a_whole_message_replaces_reasoning_and_calls_too():
     answer = chunks_in(*deltas, message_event(message, "tool_calls"), DONE)
     assert answer.error is None
     assert "".join(chunk.reasoning for chunk in answer.chunks) == "Hm"
+    assert answer.completion.choices[0].message.to_dict() == message
+    emptied = message | {"reasoning": ""}  # which says nothing against the deltas
+    answer = chunks_in(*deltas, message_event(emptied, "tool_calls"), DONE)
     assert answer.completion.choices[0].message.to_dict() == message
 
 
@@ -6824,13 +6851,14 @@ async def test_two_transfer_encodings_are_told(chat, waits):
 
 async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits):
     def refuse_it(request):
-        raise httpx.ConnectError("refused")
+        raise httpx.ConnectError("unreachable")
 
     for near in (NOBODY, NOBODY.replace("127.0.0.1", "localhost")):
         assert "ollama serve" in str((await ask(chat, near)).error)
-    far = (await ask_mock(chat, refuse_it, base_url=AT)).error
-    assert type(far) is Unreachable
-    assert "ollama" not in str(far).lower()
+    for other in (AT, NOBODY):
+        error = (await ask_mock(chat, refuse_it, base_url=other)).error
+        assert type(error) is Unreachable
+        assert "ollama" not in str(error).lower()
 
 
 # ---- What an error says of its attempts, and what of secrets -------------------------
@@ -7147,8 +7175,8 @@ def test_audio_is_a_token():
 # ---- Unpacking -----------------------------------------------------------------------
 
 
-def raw_deflate(data):
-    packer = zlib.compressobj(1, wbits=-15)
+def raw_deflate(data, strategy=zlib.Z_DEFAULT_STRATEGY):
+    packer = zlib.compressobj(1, wbits=-15, strategy=strategy)
     return packer.compress(data) + packer.flush()
 
 
@@ -7156,11 +7184,20 @@ def members(*parts):
     return b"".join(map(gzip.compress, parts))
 
 
+# Raw deflate whose first two bytes have one of the two marks of zlib's header alone:
+# the method (before an empty block, with a bit set that says nothing), or the check.
+METHOD_ALONE = b"\x08\x00\x00\xff\xff" + raw_deflate(HELLO_BYTES)
+CHECK_ALONE = raw_deflate(b":H\n" + HELLO_BYTES, zlib.Z_FIXED)
+assert int.from_bytes(CHECK_ALONE[:2]) % 31 == 0
+
+
 PACKED = {  # a Content-Encoding, the body of HELLO in it
     "members": ("gzip", members(*HELLO)),
     "members, some empty": ("gzip", members(b"", *HELLO[:2], b"", b"", *HELLO[2:])),
     "deflate of zlib": ("deflate", zlib.compress(HELLO_BYTES)),
     "raw deflate": ("deflate", raw_deflate(HELLO_BYTES)),
+    "raw deflate with zlib's method": ("deflate", METHOD_ALONE),
+    "raw deflate with zlib's check": ("deflate", CHECK_ALONE),
     "zeros between members": ("gzip", members(*BEGUN) + bytes(9) + members(*ENDING)),
     "zeros at the end": ("gzip", members(*BEGUN, STOPPED) + bytes(9)),
 }
@@ -9104,6 +9141,8 @@ RUNS = [
     ("hi --json --no-stream", IN_ONE_PIECE, 0, json.dumps(PIECE) + "\n", r"\A\Z"),
     ("hi --usage --no-stream", IN_ONE_PIECE, 0, "Hello\n", rf"3 \+ 5 tokens, {TIMES}"),
     ("hi --usage", BURST, 0, "xxxxx\n", rf"\Asse_chat: m: 7 \+ 5 tokens, {TIMES}"),
+    ("hi --usage -m o", NAMELESS, 0, "Hello\n", rf"\Asse_chat: o: {TIMES}"),
+    ("hi -m o --usage", HI, 0, "Hello\n", rf"\Asse_chat: m: .*{TIMES}"),
 ]
 
 
