@@ -3132,7 +3132,7 @@ ERROR_OBJECTS = {  # name: the object, its code
     "detail as a list": ({"detail": [{"loc": ["body", 0], "msg": TOLD}]}, None),
     "error_code": ({"text": TOLD, "error_code": 50002}, 50002),
     "code": ({"code": "daily_limit", "message": TOLD}, "daily_limit"),
-    "code and msg": ({"code": 500, "msg": TOLD}, 500),
+    "code and msg": ({"code": 300, "msg": TOLD}, 300),
     "error_type": ({"error_type": "too_long", "error_message": TOLD}, None),
     "errorMessage": ({"errorMessage": TOLD, "errorCode": "E"}, None),
     "type": ({"type": "api_error", "data": TOLD}, None),
@@ -4624,6 +4624,12 @@ def test_odd_events_harm_no_answer(odd):
         assert type(chunks_in(odd, DONE).error) is Invalid
 
 
+@pytest.mark.parametrize("value", [0, False, "", []], ids=as_words)
+def test_other_values_that_are_empty_are_no_part_of_an_answer(value):
+    answer = chunks_in(*BEGUN, sse(value), STOPPED, DONE)
+    assert (type(answer.error), answer.text) == (Invalid, "Hello")
+
+
 def test_what_cannot_be_placed_is_in_raw():
     sent = {"choices": [None, 5, {"delta": {"content": "a", "tool_calls": [None, 1]}}]}
     chunk = ChatCompletionChunk.from_dict(sent)
@@ -5621,6 +5627,7 @@ INVALID_OPTIONS = {
     "a str as headers": ({"headers": "X"}, TypeError, "headers.*str"),
     "an int as extra_body": ({"extra_body": 1}, TypeError, "extra_body.*int"),
     "a class as client": ({"client": httpx.Client}, TypeError, "client.*type"),
+    "half a client": ({"client": SimpleNamespace(send=1)}, TypeError, "client.*Names"),
     "another client": ({"client": ServerSentEvent()}, TypeError, "client.*Event"),
     **each("{}", ("azure_endpoint", "azure_deployment"), lambda n: (
         {n: "x"}, TypeError, f"{n}.*the URL of the deployment as base_url",
@@ -6860,6 +6867,7 @@ async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits)
         error = (await ask_mock(chat, refuse_it, base_url=other)).error
         assert type(error) is Unreachable
         assert "ollama" not in str(error).lower()
+        assert error.advice == "check base_url"
 
 
 # ---- What an error says of its attempts, and what of secrets -------------------------
@@ -9052,12 +9060,13 @@ def test_a_custom_tool_call_shows_its_input(cli):
 
 @pytest.mark.parametrize("how", ["", "--no-stream"])
 def test_several_answers_are_parted_by_a_line(cli, how):
-    others = (event("<think>hm</think>Bye", index=1), event(finish="stop", index=1))
+    others = [event("<think>hm</think>Bye", index=1), event("", index=2, refusal="No")]
+    others += [event(finish="stop", index=index) for index in (1, 2)]
     answer = http(CUT[0], *others, CUT[1], tool_call("{}"), *CALLED)
     with serve(answer) as server:
-        code, out, err = cli(*to(server), *how.split(), "-o", "n=2", "hi")
+        code, out, err = cli(*to(server), *how.split(), "-o", "n=3", "hi")
     called = '{"name": "weather", "arguments": {}}\n'
-    assert (code, out, err) == (0, f"Hello\n{called}---\nBye\n", "hm\n")
+    assert (code, out, err) == (0, f"Hello\n{called}---\nBye\n---\nNo\n", "hm\n")
 
 
 @pytest.mark.parametrize("how", ["", "--no-stream"])
