@@ -394,6 +394,29 @@ Timeout = sse_chat.APITimeoutError
 Unreachable = sse_chat.APIConnectionError
 
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+@functools.cache
+def authority():
+    """Who has issued the certificate of the servers that speak TLS."""
+    return needs("trustme").CA()
+
+
+@functools.cache
+def tls_of_server():
+    """What a server wraps its connections in."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert("127.0.0.1").configure_cert(context)
+    return functools.partial(context.wrap_socket, server_side=True)
+
+
+def tls_of_client():
+    """The context of a client that trusts these servers."""
+    context = ssl.create_default_context()
+    authority().configure_trust(context)
+    return context
+
+
 ONE = httpx.Limits(max_connections=1)
 ENVIRONMENT = re.compile("(?i)OPENAI_.*|OLLAMA_HOST|(HTTPS?|ALL|NO)_PROXY")
 TIME_LIMITS = {"install": 1800, "httpx2": 600, "live": 600}  # seconds, by marker
@@ -3341,6 +3364,9 @@ MESSAGES = {  # what a server sent, and what tells most in it
     "a page in JSON": ({"error": {"message": page(TITLE)}}, TITLE),
     "a page": (page(TITLE), TITLE),
     "a page with a long title": (page("x" * 300), re.compile("x{100,199}.{0,3}")),
+    "a page as long as can be": ("<p>" + "x" * 200, "x" * 200),
+    "a longer page": ("<p>" + "x" * 201, "x" * 198 + " …"),
+    "a page spaced out": ("<p>" + "x   " * 190, "x " * 99 + " …"),
 }
 
 
@@ -3742,6 +3768,14 @@ TOOL_CALL_ROWS = {
         '||f|{"x":+||g|{"y": |||1}+|||2}',
         '|f|{"x":1} |g|{"y":2}',
     ),
+    "without index and id the call at its place, after another": (
+        '||f|{} ||g|{"x":+||h|{"y": |||1}+|||2}',
+        '|f|{} |g|{"x":1} |h|{"y":2}',
+    ),
+    "the only call so far, first of two": (
+        '|a|f|{"x": |||1}+|b|g|{}',
+        'a|f|{"x":1} b|g|{}',
+    ),
     "alone in its list the latest": (
         '0|a|f|{"x":0} 1|b|g|{"y": |||1}',
         'a|f|{"x":0} b|g|{"y":1}',
@@ -3792,7 +3826,7 @@ TOOL_CALL_ROWS = {
     "a leading {}": ('0|a|f|{} 0|||{"x": 0|||1}', 'a|f|{"x":1}'),
     "{} alone": ("0|a|f|{}", "a|f|{}"),
     "a leading {} of no object": ("0|a|f|{} 0|||oops", "a|f|{}oops"),
-    "two letters and an object": ('0|a|f|ok 0|||{"x": 0|||1}', 'a|f|ok{"x":1}'),
+    "an object after two letters": ('0|a|f|ok 0|||{"x":1}', 'a|f|ok{"x":1}'),
     "{} twice": ("0|a|f|{} 0|||{}", "a|f|{}"),
     "nothing at all": ("0|a|f|", "a|f|{}"),
     "no object stays as joined": ('0|a|f|{"x": 0|||oops', 'a|f|{"x":oops'),
@@ -4708,7 +4742,7 @@ def test_a_whole_message_after_deltas_replaces_them(pieces, data, beside):
 
 def test_a_whole_message_replaces_reasoning_and_calls_too():
     message = {"role": "assistant", "content": "", "reasoning": "Hm"}
-    message |= {"tool_calls": [ONE_CALL]}
+    message |= {"tool_calls": [ONE_CALL | {"id": "another"}]}
     deltas = [event("", reasoning="H"), event("", reasoning="m")]
     deltas.append(event(tool_calls=[{"index": 0} | ONE_CALL]))
     answer = chunks_in(*deltas, message_event(message, "tool_calls"), DONE)
@@ -4718,6 +4752,10 @@ def test_a_whole_message_replaces_reasoning_and_calls_too():
     emptied = message | {"reasoning": ""}  # which says nothing against the deltas
     answer = chunks_in(*deltas, message_event(emptied, "tool_calls"), DONE)
     assert answer.completion.choices[0].message.to_dict() == message
+    del message["tool_calls"]
+    answer = chunks_in(*deltas, message_event(message, "tool_calls"), DONE)
+    [call] = answer.completion.choices[0].message.tool_calls
+    assert call.id == ONE_CALL["id"]
 
 
 MESSAGES_FOR_DELTAS = [  # what stands in each chunk, and the text of all
@@ -4818,6 +4856,13 @@ async def test_models_as_a_bare_list(chat):
         assert await chat.models(base_url=s.url) == ["b"]
         with pytest.raises(APIError, match=TOLD):
             await chat.models(base_url=s.url)
+
+
+async def test_a_body_may_be_as_large_as_the_limit(chat):
+    for how, sent in (("generate", JSON), ("models", MODELS)):
+        with serve(http(sent.ljust(999), kind="application/json")) as server:
+            answer = await ask(chat, server.url, how=how, max_event_bytes=999)
+        assert answer.error is None and answer.completion
 
 
 def test_a_silent_list_of_models_names_the_limit_that_ended_it():
@@ -5356,15 +5401,9 @@ async def test_a_hundred_http2_streams_do_not_make_the_next_spin(chat):
 
 @pytest.mark.life
 async def test_streams_over_tls(chat):
-    authority = needs("trustme").CA()
-    speaking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(speaking)
-    wrap = functools.partial(speaking.wrap_socket, server_side=True)
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
-    with serve(in_turn(GOOD, play(HEAD, ALIVE)), wrap) as server:
+    with serve(in_turn(GOOD, play(HEAD, ALIVE)), tls_of_server()) as server:
         options = {"base_url": server.url.replace("http:", "https:")}
-        async with own_client(chat, verify=trusting, limits=ONE) as own:
+        async with own_client(chat, verify=tls_of_client(), limits=ONE) as own:
             options["client"] = own
             assert (await ask(chat, **options)).text == "Hello"
             error = (await ask(chat, **options, **FIRST_LONG)).error
@@ -6698,12 +6737,17 @@ def test_certificates_that_are_not_there_are_told():
         assert "ollama" not in line.lower()
 
 
+def test_a_certificate_is_trusted_by_the_environment(tmp_path):
+    file = tmp_path / "certificates.pem"
+    file.write_bytes(authority().cert_pem.bytes())
+    asking = "print(sse_chat.generate('hi', base_url=url).text)"
+    with serve(GOOD, tls_of_server()) as server:
+        url = server.url.replace("http:", "https:")
+        assert run_program(asking, url, SSL_CERT_FILE=str(file)) == "Hello\n"
+
+
 async def test_a_certificate_that_is_not_trusted_is_told(chat, waits):
-    authority = needs("trustme").CA()
-    speaking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(speaking)
-    wrap = functools.partial(speaking.wrap_socket, server_side=True)
-    with serve(GOOD, wrap) as server:
+    with serve(GOOD, tls_of_server()) as server:
         error = (await ask(chat, server.url.replace("http:", "https:"))).error
     assert (type(error), error.is_retryable) == (Unreachable, False)
     for word in ("certificate", "verify=", "SSL_CERT_FILE"):
@@ -8412,17 +8456,6 @@ async def test_a_server_that_is_killed_fifty_times_loses_no_event(chat, delays):
 # ---- Its life ------------------------------------------------------------------------
 
 
-@functools.cache
-def speaking_tls():
-    """A server's side of TLS, and the context of a client that trusts it."""
-    authority = needs("trustme").CA()
-    speaking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(speaking)
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
-    return functools.partial(speaking.wrap_socket, server_side=True), trusting
-
-
 @contextlib.asynccontextmanager
 async def waiting(phase, chat):
     """Give a server, options, and a semaphore that says that the event source waits.
@@ -8456,7 +8489,7 @@ async def waiting(phase, chat):
     elif phase == "TLS handshake":
         server = serve(b"", without_an_answer)
     elif phase == "TLS body":
-        wrap, client["verify"] = speaking_tls()
+        wrap, client["verify"] = tls_of_server(), tls_of_client()
         server = serve(body, wrap)
     elif phase == "HTTP/2 body":
         needs("h2")
