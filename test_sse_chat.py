@@ -9167,7 +9167,6 @@ RUNS = [
         "/nowhere/s.json is in a directory that does not exist",
     ),
     ("hi -c /", HI, 1, "", "/ is not a regular file"),
-    ("hi -c /dev/null", HI, 1, "", "/dev/null is not a regular file"),
     ("hi --timeout soon", HI, 2, "", "--timeout: invalid float value: 'soon'"),
     ("hi --timeout 0", HI, 2, "", "timeout"),
     ("hi -u http://host:port/v1", HI, 2, "", "http://"),
@@ -10202,12 +10201,27 @@ def test_commands_of_a_conversation(kept):
     assert len(json.loads(Path(f"{kept}.2").read_text())) == 3
 
 
-def test_files_that_fail_change_nothing(kept, tmp_path):
+@pytest.fixture
+def fifo(tmp_path):
+    """No regular file, and no device: a mistake would replace that of the machine."""
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path / "fifo"
+
+
+def test_only_a_regular_file_keeps_a_conversation(cli, fifo):
+    with serve(HI) as server:
+        code, out, err = cli(*to(server), "-c", str(fifo), "hi")
+    assert (code, out) == (1, "")
+    assert f"{fifo} is not a regular file" in err
+    assert fifo.is_fifo()
+
+
+def test_files_that_fail_change_nothing(kept, tmp_path, fifo):
     kept.write_text("old")
     with serve(HI) as server, at_terminal(*to(server)) as tty:
         tty.expect(">>> ")
         tty.say("one")
-        for name in ("", tmp_path, kept, tmp_path / "no" / "kept.json", os.devnull):
+        for name in ("", tmp_path, kept, tmp_path / "no" / "kept.json", fifo):
             told = tty.say(f"/file {name}")
             assert re.fullmatch(rf"sse_chat: {name or '/file'} \w.*\r\n", told)
         tty.say("two")
@@ -10216,8 +10230,8 @@ def test_files_that_fail_change_nothing(kept, tmp_path):
             ("assistant", "Hello"),
             ("user", "two"),
         ]
-    assert (kept.read_text(), beside(kept)) == ("old", ["kept.json"])
-    assert not Path(os.devnull).is_file()
+    assert (kept.read_text(), beside(kept)) == ("old", ["fifo", "kept.json"])
+    assert fifo.is_fifo()
 
 
 def test_a_file_may_be_named_from_the_home_directory(kept):
