@@ -1914,7 +1914,10 @@ BODIES |= {
         APIError, *BEGUN, b"error: \xff %s\n\n" % CANARY.encode()
     ),
     "field error in the block of an event": body(
-        APIError, HEL, LO.strip(), b"\nerror: %s\n\n" % CANARY.encode()
+        APIError,
+        HEL,
+        LO.strip().replace(b"c-1", b"\xff"),
+        b"\nerror: %s\n\n" % CANARY.encode(),
     ),
     "a long error on many lines": body(
         APIError, *BEGUN, json.dumps(LONG_ERROR, indent=1).encode(), b"\n"
@@ -2073,6 +2076,13 @@ BODIES |= {
     "no object": body(
         Invalid, *BEGUN, b"data: 17\n\n", DONE, says="JSON that is not an answer.*17"
     ),
+    "no JSON in one piece": body(
+        Invalid,
+        JSON.replace(b"0", b"oops"),
+        text="",
+        says="not JSON.*Expect.*oops",
+        if_broken=Truncated,
+    ),
     "too large": body(Invalid, *BEGUN, event("x" * 999), says="999", options=OF_999),
     "JSON, large": body(Invalid, JSON, b" " * 999, text="", says="999", options=OF_999),
     "[DONE] alone": body(Invalid, DONE, text="", says=r"\[DONE\]"),
@@ -2187,7 +2197,7 @@ SERVERS |= {
     "no models: no JSON": ([http(b"{]")], LIST, Invalid, r"\{\]", ""),
     "no models: JSON without them": ([http(b'{"dat": []}')], LIST, Invalid, "dat", ""),
     "no models: large JSON": (
-        [http(b'{"data": []}' + b" " * 999)], LIST | OF_999, Invalid, "999", "",
+        [http(b'{"data": []}' + b" " * 999)], LIST | OF_999, Invalid, "999.*data", "",
     ),
 }  # fmt: skip
 
@@ -2249,6 +2259,7 @@ SLOW_SERVERS |= {
 }  # fmt: skip
 
 NO_TIME = ("soon", "-5", "nan", "inf", "-inf", "1e999", "9" * 400, "Mon, 99 Foo 2026")
+NO_TIME += (f"Mon, 01 Jan {'9' * 11} 00:00:00 GMT",)
 AGAIN = (408, 409, 429, 500, 502, 503, 504, 529)
 BACKOFF, AT_ONCE = (0.375, 0.5), 0
 TODAY, http_date = 1_700_000_000, functools.partial(formatdate, usegmt=True)
@@ -3824,6 +3835,7 @@ TOOL_CALL_ROWS = {
     "cumulative from the first piece": ('0|a|f|{"x" 0|||{"x":1}', 'a|f|{"x":1}'),
     "again whole at the end": ('0|a|f|{"x": 0|||1} 0|||{"x":1}', 'a|f|{"x":1}'),
     "a leading {}": ('0|a|f|{} 0|||{"x": 0|||1}', 'a|f|{"x":1}'),
+    "half a character": ('0|a|f|{} 0|||{"x":"\ud83d"}', 'a|f|{"x":"\ufffd"}'),
     "{} alone": ("0|a|f|{}", "a|f|{}"),
     "a leading {} of no object": ("0|a|f|{} 0|||oops", "a|f|{}oops"),
     "an object after two letters": ('0|a|f|ok 0|||{"x":1}', 'a|f|ok{"x":1}'),
@@ -5005,7 +5017,8 @@ def test_json_that_is_too_deep_anywhere_is_no_answer():
     deep = functools.reduce(lambda inner, _: [inner], range(150), 1)
     for name in ("system_fingerprint", "service_tier", "object", "id", "x"):
         answer = json.dumps(json.loads(JSON) | {name: deep}).encode()
-        assert type(chunks_in(answer).error) is Invalid
+        error = chunks_in(answer).error
+        assert type(error) is Invalid and '{"id"' in str(error)
 
 
 def test_fields_may_be_any_mapping():
@@ -8755,22 +8768,30 @@ async def test_twenty_redirects_are_followed(chat, times):
             return httpx.Response(302, headers={"location": f"/{number + 1}"})
         return httpx.Response(204)
 
-    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
-        source = listening(chat, "http://h/0", client=own)
-        with pytest.raises(StopAsyncIteration if times == 20 else SSEError):
-            await anext(source)
+    transport = httpx.MockTransport(answer)
+    for follows in (False, True):  # which is its own affair
+        async with own_client(
+            chat, transport=transport, follow_redirects=follows
+        ) as own:
+            source = listening(chat, "http://h/0", client=own)
+            with pytest.raises(StopAsyncIteration if times == 20 else SSEError):
+                await anext(source)
 
 
 def test_listening_refuses_packed_bodies_and_endless_redirects():
     head = {"content-type": "text/event-stream", "content-encoding": "br"}
     packed = httpx.Response(200, headers=head, stream=httpx.ByteStream(b""))
     around = httpx.Response(302, headers={"location": "/again"})
-    for response, words in ((packed, "content encoding"), (around, "redirects")):
+    for response, words, status in (
+        (packed, "content encoding", 200),
+        (around, "redirects", None),
+    ):
         transport = httpx.MockTransport(lambda request, response=response: response)
         with httpx.Client(transport=transport) as own:
             source = sse_chat.listen("http://h/", client=own)
-            with pytest.raises(SSEError, match=words):
+            with pytest.raises(SSEError, match=words) as told:
                 next(source)
+            assert told.value.status_code == status
 
 
 # ---- Threads and memory; httpx2 alone; a real server ---------------------------------
@@ -9056,6 +9077,11 @@ TOOL_CALLS_SHOWN = {
         [*CUT, tool_call('{"city": "Paris 你"}'), tool_call("{oops", 1), *CALLED],
         0,
         f"Hello\n{PARIS}{NOWHERE}",
+    ),
+    "a call too deep to be parsed": (
+        [tool_call("[" * 9999), *CALLED],
+        0,
+        json.dumps({"name": "weather", "arguments": "[" * 9999}) + "\n",
     ),
     "a call at the limit": ([tool_call('{"ci'), event(finish="length"), DONE], 3, ""),
     "a call that is cut off": ([tool_call('{"ci')], 3, ""),
@@ -9518,6 +9544,13 @@ def test_a_conversation_goes_on_where_its_answer_was_cut_off(cli, kept):
         assert cli(*args, "-s", "", "more")[0] == 0  # without a system message
         assert asked(server)[0] == ("user", "a 你 story")
     assert beside(kept) == ["kept.json"]
+
+
+def test_half_a_character_in_a_conversation_is_kept_as_a_question_mark(cli, kept):
+    kept.write_text(json.dumps(turns("a", "\ud83d")))
+    with serve(HI) as server:
+        assert cli(*to(server), "-c", str(kept), "hi") == (0, "Hello\n", "")
+    assert json.loads(kept.read_bytes()) == turns("a", "?", "hi", "Hello")
 
 
 THOUGHT_CALL = http(event(reasoning_details=[{"type": "x"}]), tool_call("{}"), *CALLED)
