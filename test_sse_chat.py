@@ -738,6 +738,7 @@ EACH_RULE = UTF8_BOM + b"data:  x: y \n\ndata\r\rdata\rdata\r\n\ndata: x\n\r"
 EACH_RULE += b"Data: x\n data: x\ndata : x\n:data: x\n\n\xef\xbb\xbfdata: x\n\n"
 EACH_RULE += "data:\ufeffx\ndata: \v\f\x1c\x85\u2028\n\nevent: e\n\ndata\n\n".encode()
 EACH_RULE += b"event: e\nevent:  f\ndata\n\nevent: e\nevent:\ndata: x\n\n"
+EACH_RULE += b"event: \xff\nid: \xfe\ndata\n\n"
 EACH_RULE += b"id: 1\n\ndata\n\nid: \0\ndata\n\nid\ndata\n\nid:  2\n"
 EACH_RULE += "retry: 09\ndata\n\nretry: +5\nretry: ５\nretry: \ndata\n\n".encode()
 EACH_RULE += b"retry: %b\ndata: \xff\xf0\x9f\x98\xe4\n\ndata: no event" % (b"9" * 5000)
@@ -981,6 +982,8 @@ async def test_an_event_source_refuses_other_types_and_large_events(connect):
             await events_of(connect, server.url)
     source = sse_chat.EventSource(httpx.Response(200))
     assert (source.last_event_id, source.retry) == ("", None)
+    with pytest.raises(SSEError, match="''"):
+        next(source.iter_sse())
 
 
 # ---- Chat types ----------------------------------------------------------------------
@@ -1913,6 +1916,9 @@ BODIES |= {
     "field error, no UTF-8": body(
         APIError, *BEGUN, b"error: \xff %s\n\n" % CANARY.encode()
     ),
+    "error on a line, no UTF-8": body(
+        APIError, *BEGUN, b'{"error": "\xff %s"}\n\n' % CANARY.encode()
+    ),
     "field error in the block of an event": body(
         APIError,
         HEL,
@@ -2076,15 +2082,16 @@ BODIES |= {
     "no object": body(
         Invalid, *BEGUN, b"data: 17\n\n", DONE, says="JSON that is not an answer.*17"
     ),
-    "no JSON in one piece": body(
+    "too large": body(
         Invalid,
-        JSON.replace(b"0", b"oops"),
-        text="",
-        says="not JSON.*Expect.*oops",
-        if_broken=Truncated,
+        *BEGUN,
+        event("x" * 999).replace(b"c-1", b"\xff"),
+        says="999.*\ufffd.*xx",
+        options=OF_999,
     ),
-    "too large": body(Invalid, *BEGUN, event("x" * 999), says="999", options=OF_999),
-    "JSON, large": body(Invalid, JSON, b" " * 999, text="", says="999", options=OF_999),
+    "JSON, large": body(
+        Invalid, JSON, b" " * 999, text="", says="999.*choices", options=OF_999
+    ),
     "[DONE] alone": body(Invalid, DONE, text="", says=r"\[DONE\]"),
     "[DONE] after usage": body(Invalid, USAGE_ALONE, DONE, text="", says=r"\[DONE\]"),
     "choice 1024": body(Invalid, *BEGUN, event(index=1024), DONE, says="1024"),
@@ -2200,6 +2207,12 @@ SERVERS |= {
         [http(b'{"data": []}' + b" " * 999)], LIST | OF_999, Invalid, "999.*data", "",
     ),
 }  # fmt: skip
+
+
+def test_json_with_a_mistake_is_shown_with_it():
+    error = chunks_in(JSON.replace(b"0", b"oops")).error
+    assert type(error) is Invalid
+    assert re.search("not JSON.*Expecting.*oops", str(error))
 
 
 def test_json_as_deep_as_python_takes_is_an_answer_or_invalid():
@@ -3375,6 +3388,7 @@ MESSAGES = {  # what a server sent, and what tells most in it
     "a page in JSON": ({"error": {"message": page(TITLE)}}, TITLE),
     "a page": (page(TITLE), TITLE),
     "a page with a long title": (page("x" * 300), re.compile("x{100,199}.{0,3}")),
+    "no UTF-8": ("\udcff oh", "\ufffd oh"),
     "a page as long as can be": ("<p>" + "x" * 200, "x" * 200),
     "a longer page": ("<p>" + "x" * 201, "x" * 198 + " …"),
     "a page spaced out": ("<p>" + "x   " * 190, "x " * 99 + " …"),
@@ -3384,7 +3398,8 @@ MESSAGES = {  # what a server sent, and what tells most in it
 @pytest.mark.parametrize(("sent", "due"), MESSAGES.values(), ids=MESSAGES)
 def test_the_most_telling_text_is_the_message(sent, due):
     text = sent if isinstance(sent, str) else json.dumps(sent)
-    with serve(refuse(520, body=text.encode())) as server:
+    data = text.encode("utf-8", "surrogateescape")
+    with serve(refuse(520, body=data)) as server:
         error = ask_sync(server.url, max_retries=0).error
     assert type(error) is Status
     assert len(error.message) <= 200
@@ -4750,6 +4765,11 @@ def test_a_whole_message_after_deltas_replaces_them(pieces, data, beside):
     assert answer.error is None
     assert answer.text == answer.completion.text == text
     assert answer.completion.choices[0].message.to_dict() == message
+
+
+def test_half_a_character_may_end_a_whole_message():
+    answer = chunks_in(HEL, message_event({"content": "Hel\ud83d"}, "stop"), DONE)
+    assert (answer.error, answer.completion.text) == (None, "Hel\ufffd")
 
 
 def test_a_whole_message_replaces_reasoning_and_calls_too():
@@ -7332,7 +7352,7 @@ def test_bombs_are_bounded(case):
     answers = (encoded(encoding, data), refuse(400, header, body=data))
     for answer in answers:
         began = time.monotonic()
-        with serve(answer) as server, memory(80e6):
+        with serve(answer) as server, memory(50e6):
             error = ask_sync(server.url, max_retries=0).error
         assert isinstance(error, APIError)
         assert time.monotonic() - began < 10
@@ -9274,10 +9294,11 @@ def test_usage_names_no_first_token_where_none_came(cli):
 
 def test_a_page_in_place_of_the_list_of_models_does_not_stop_the_program(cli):
     """Then the model has no name, also where its usage is told."""
-    with serve(in_turn(http(PAGE, kind="text/html"), NAMELESS)) as server:
-        code, out, err = cli("-u", server.url, "--usage", "hi")
-    assert (code, out) == (0, "Hello\n")
-    assert re.fullmatch(f"sse_chat: {TIMES}", err)
+    for no_models in (http(PAGE, kind="text/html"), listed()):
+        with serve(in_turn(no_models, NAMELESS)) as server:
+            code, out, err = cli("-u", server.url, "--usage", "hi")
+        assert (code, out) == (0, "Hello\n")
+        assert re.fullmatch(f"sse_chat: {TIMES}", err)
 
 
 def test_each_chunk_is_flushed_and_a_closed_pipe_is_quiet():
