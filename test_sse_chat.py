@@ -886,7 +886,7 @@ def test_an_event_over_the_limit_raises_after_those_before_it():
     assert len(list(iter_sse([LARGEST, b"\0\n\n"], None))) == 1
     events = iter_sse([b"data: x\n\n" + LARGEST + b"\0"])
     assert next(events) == as_event("x")
-    with pytest.raises(SSEError):
+    with pytest.raises(SSEError, match=r"bytes: 'data: (\\x00){194}'"):
         next(events)
     decoder = SSEDecoder(20)
     assert decoder.decode("data: 12345678901") is None
@@ -1735,6 +1735,7 @@ BODIES |= {
     'finish_reason ""': body(Truncated, *BEGUN, event(finish=""), **CUT_OFF),
     "Ollama's erased error": body(Truncated, *BEGUN, ERASED_ERROR, **CUT_OFF),
     "JSON cut": body(Truncated, HALF_JSON, text="", **CUT_OFF),
+    "JSON cut after a comment": body(Truncated, PING, HALF_JSON, text="", **CUT_OFF),
 }
 MANY_PINGS = gzip.compress(PING * 2**15)
 READ_ALONE = httpx.Timeout(9, read=1.5)
@@ -5202,6 +5203,23 @@ async def test_over_a_hundred_streams_are_open_at_once(chat):
                 await stream.aclose()
 
 
+@pytest.mark.life
+async def test_twenty_connections_are_kept(chat):
+    go, body = threading.Event(), chunked(*HELLO)
+    begun, rest = body.split(b"\n\n", 1)
+    steps = play(begun, b"\n\n", lambda connection: go.wait(PATIENCE), rest, KEEP)
+    with serve(steps) as server:
+        async with chat.client(base_url=server.url) as client:
+            kept = [client.stream("hi") for _ in range(22)]
+            for stream in kept:
+                await anext(stream)
+            go.set()
+            for stream in kept:
+                assert len([chunk async for chunk in stream]) == 2
+            assert all(server.left.acquire(timeout=PATIENCE) for _ in range(2))
+            assert not server.left.acquire(timeout=0.1)
+
+
 async def test_text_holds_back_half_a_character_and_no_more(chat):
     half, other = rb"\ud83d", rb"\ude42"
     texts = (b"a" + half, other + b"b", half, b"c" + half, half)
@@ -5660,7 +5678,15 @@ async def test_a_request_has_the_options_of_call_and_client(chat, monkeypatch):
             assert re.findall(f"(?i)\n{name}: (.*)\r", head) == [value]
 
 
-URLS = ["ftp://h/v1", "http://", "http://[::1", "http://h:99999", "http://h:x", "://"]
+URLS = [
+    "ftp://h/v1",
+    "http://",
+    "http://[::1",
+    "http://h:99999",
+    "http://h:0",
+    "http://h:x",
+]
+URLS.append("://")
 BAD_KEYS = {
     "a newline": "sk\n-canary",
     "an umlaut": "sk-cänary",
@@ -6953,13 +6979,13 @@ async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits)
 def test_the_time_of_an_error_is_that_of_all_attempts(waits):
     async def check(chat):
         with serve(play(0.1)) as server:
-            error = (await ask(chat, server.url)).error
-            assert 0.3 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
-            assert re.search(r"\b3 (attempts|tries|requests)", str(error))
+            error = (await ask(chat, server.url, max_retries=1)).error
+            assert 0.2 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
+            assert re.search(r"\b2 (attempts|tries|requests)", str(error))
             error = (await ask(chat, server.url, max_retries=0)).error
             assert 0.1 <= float(re.search(r"after (\d+\.\d) s", str(error))[1]) < 9
             assert not re.search("attempts|tries|requests", str(error))
-        assert len(server.heads) == 4
+        assert len(server.heads) == 3
 
     in_every_mode(check)
 
@@ -7050,6 +7076,16 @@ async def test_no_secret_is_behind_an_error(chat, answer):
             url = url.format(server.url.removeprefix("http://"))
             error = (await ask(chat, url, **options | more)).error
             assert CANARY[:9] not in whole_chain(error)
+
+
+def test_what_has_eight_characters_is_a_secret():
+    def answer(request):
+        return httpx.Response(400, json={"error": "neither abcdefgh nor ABCDEFG"})
+
+    options = {"headers": {"Cookie": "a=abcdefgh; b=ABCDEFG"}}
+    error = finished(ask_mock(SYNC, answer, **options)).error
+    assert re.fullmatch("neither .* nor ABCDEFG", error.message)
+    assert "abcdefgh" not in str(error)
 
 
 BAD_URLS = [
@@ -9098,6 +9134,7 @@ TOOL_CALLS_SHOWN = {
         0,
         f"Hello\n{PARIS}{NOWHERE}",
     ),
+    "a call and [DONE] alone": ([tool_call('{"city": "Paris 你"}'), DONE], 0, PARIS),
     "a call too deep to be parsed": (
         [tool_call("[" * 9999), *CALLED],
         0,
@@ -9761,12 +9798,12 @@ def test_ctrl_c_keeps_what_has_come(kept):
 def test_the_speed_is_that_between_the_first_and_the_last_token(cli):
     """And not the time before and after them, which is long here."""
     three = [event("x"), 0.03, event("x"), 0.03, event("x")]
-    for tokens in (3, 1):  # of one there is none
+    for tokens in (2, 1):  # of one there is none
         steps = (0.24, HEAD, *three, 0.24, using(7, tokens), *STOP)
         with serve(play(*steps)) as server:
             err = cli(*to(server), "--usage", "hi")[2]
         speed = re.search(r"([\d.]+) tokens/s\n\Z", err)
-        assert 7.4 < float(speed[1]) < 40 if tokens > 1 else not speed
+        assert 3.7 < float(speed[1]) < 20 if tokens > 1 else not speed
 
 
 # ---- Demo server ---------------------------------------------------------------------
@@ -10614,7 +10651,7 @@ def test_readme_fixture(base_url):
 def test_the_demo_shows_its_tokens_one_after_the_other(cli):
     began = time.monotonic()
     assert cli("--demo", "-o", "max_tokens=9", "hi")[1]
-    assert time.monotonic() - began >= 9 * 0.02
+    assert 9 * 0.02 <= time.monotonic() - began < 9 * 0.5
 
 
 def test_the_demo_server_is_gone_at_once():
