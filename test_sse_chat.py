@@ -3187,6 +3187,7 @@ ERROR_OBJECTS = {  # name: the object, its code
     "event": ({"event": "error", "text": TOLD}, None),
     "status": ({"status": "failed", "message": TOLD}, None),
     "success": ({"success": False, "message": TOLD}, None),
+    "status_code": ({"status_code": 429, "message": TOLD}, 429),
     "a status as a number": ({"status": 500, "message": TOLD}, None),
     "statusCode": ({"statusCode": 429, "message": TOLD}, None),
     "code and null choices": (
@@ -6799,10 +6800,14 @@ def test_certificates_that_are_not_there_are_told():
 def test_a_certificate_is_trusted_by_the_environment(tmp_path):
     file = tmp_path / "certificates.pem"
     file.write_bytes(authority().cert_pem.bytes())
-    asking = "print(sse_chat.generate('hi', base_url=url).text)"
+    ask = "print(sse_chat.generate('hi', base_url=url).text)\n"
+    listen = (
+        "with sse_chat.listen(url) as source:\n    print(next(source).json()['id'])\n"
+    )
     with serve(GOOD, tls_of_server()) as server:
         url = server.url.replace("http:", "https:")
-        assert run_program(asking, url, SSL_CERT_FILE=str(file)) == "Hello\n"
+        printed = run_program(ask + listen, url, SSL_CERT_FILE=str(file))
+    assert printed == "Hello\nc-1\n"
 
 
 async def test_a_certificate_that_is_not_trusted_is_told(chat, waits):
@@ -6962,12 +6967,17 @@ async def test_two_transfer_encodings_are_told(chat, waits):
 
 async def test_only_a_refused_port_of_this_machine_speaks_of_ollama(chat, waits):
     def refuse_it(request):
+        raise httpx.ConnectError("refused") from ConnectionRefusedError()
+
+    def lose_it(request):
         raise httpx.ConnectError("unreachable")
 
     for near in (NOBODY, NOBODY.replace("127.0.0.1", "localhost")):
         assert "ollama serve" in str((await ask(chat, near)).error)
-    for other in (AT, NOBODY):
-        error = (await ask_mock(chat, refuse_it, base_url=other)).error
+    near = NOBODY.replace("127.0.0.1", "[::1]")
+    assert "ollama serve" in str((await ask_mock(chat, refuse_it, base_url=near)).error)
+    for other, fail in ((AT, refuse_it), (NOBODY, lose_it)):
+        error = (await ask_mock(chat, fail, base_url=other)).error
         assert type(error) is Unreachable
         assert "ollama" not in str(error).lower()
         assert error.advice == "check base_url"
@@ -9263,6 +9273,7 @@ RUNS = [
         "",
         r"\Asse_chat: who\?\nHTTP 401 at http:.*/v1: is OPENAI_API_KEY set to",
     ),
+    ("-- hi", json_response({}, "403 No"), 1, "", "HTTP 403.*: is OPENAI_API_KEY set"),
     (f"hi -u {NOBODY}", HI, 1, "", NO_ONE),
     ("hi --json", http(ODD, *HELLO), 0, LINES_OUT, r"\A\Z"),
     ("hi --json --no-stream", IN_ONE_PIECE, 0, json.dumps(PIECE) + "\n", r"\A\Z"),
@@ -9820,6 +9831,7 @@ def demo(**params: Any) -> tuple[Any, list[Any]]:
         listed_models = client.get(f"{url}/models").json()
         url += "/chat/completions"
         answered = client.post(url, json=ask)
+        assert answered.status_code == 200
         whole = answered.json()
         with client.stream("POST", url, json=ask | {"stream": True}) as response:
             *events, done = iter_sse(response.iter_raw())
@@ -9907,7 +9919,10 @@ def test_demo_server_stops_at_the_token_limit(name):
 
 def test_demo_server_calls_a_tool_that_must_be_called():
     for tools, name, fits in (([WEATHER, NOW], "weather", FITS), ([NOW], "now", {})):
-        [choice] = demo(tools=tools, tool_choice="required")[0]["choices"]
+        whole, tokens = demo(tools=tools, tool_choice="required")
+        [choice] = whole["choices"]
+        pieces = [piece for token in tokens for piece in token["tool_calls"]]
+        assert {piece["index"] for piece in pieces} == {0}
         [call] = choice["message"]["tool_calls"]
         assert (bool(call["id"]), call["type"]) == (True, "function")
         assert call["function"] == {"name": name, "arguments": json.dumps(fits)}
