@@ -787,6 +787,7 @@ def cuttings(draw, streams):
 @example([b"", b"data: x\n\n", UTF8_BOM + b"data: y\n\n"], 99)
 @example([b"data: x\n\n", b"data: 1234\r\ndata: 1", b"23\r\n\r\n", b"", b"\n"], 19)
 @example([b"data: x\n\n", b"data: 12\n\n", b"data: x\n\n"], 7)
+@example([b"data: x\n\ndata: 12\n\n"], 7)
 @example([b"id: 1\ndata: x", b"\n", b"\n"], 5)
 @example([b"data: x\n\n", b"data: y\ni", b"d: 1\n\n"], 99)
 def test_decoders_follow_the_standard_however_bytes_are_cut(pieces, limit):
@@ -2143,6 +2144,13 @@ SERVERS |= {
         {},
         Invalid,
         r"empty.*\(no content type\)",
+        "",
+    ),
+    "text of no type": (
+        [b"HTTP/1.1 200 OK\r\n\r\noops"],
+        {},
+        Invalid,
+        "neither.*no content type.*oops",
         "",
     ),
     "what is no gzip": ([encoded("gzip", HELLO_BYTES)], {}, Invalid, "unpack", ""),
@@ -4400,6 +4408,13 @@ def test_a_message_beside_its_deltas_says_nothing_new():
         "Hello",
         "Hello",
     )
+
+
+def test_a_whole_answer_is_its_message_whatever_delta_stands_beside_it():
+    sent = whole({"content": "Hello"}, choice={"delta": {"content": "lo"}})
+    answer = chunks_in(json.dumps(sent).encode())
+    assert (answer.error, answer.text) == (None, "Hello")
+    assert answer.completion.text == "Hello"
 
 
 def test_a_text_after_parts_is_a_part_and_parts_after_a_text_keep_it():
@@ -10367,6 +10382,7 @@ def test_help_tells_what_each_option_takes_and_does(cli):
     options = re.split(r"\n(?=  -)", options.partition("\n\n")[0])
     rows = [re.fullmatch(r"(?s).*(--[\w-]+) ?(\S*)\s{2,}\w.*", row) for row in options]
     assert all(rows)
+    assert '\n  sse_chat -c s.json "a story"; [' in cli("--help")[1]  # the examples
     takes = {row[1]: row[2] for row in rows if row[2]}
     assert takes == {
         "--conversation": "FILE",
