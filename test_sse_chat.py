@@ -9833,8 +9833,8 @@ def test_ctrl_c_keeps_what_has_come(kept):
 def test_the_speed_is_that_between_the_first_and_the_last_token(cli):
     """And not the time before and after them, which is long here."""
     three = [event("x"), 0.03, event("x"), 0.03, event("x")]
-    for tokens in (2, 1):  # of one there is none
-        steps = (0.24, HEAD, *three, 0.24, using(7, tokens), *STOP)
+    for tokens, wait in ((2, 0.24), (1, 0)):  # of one there is none
+        steps = (wait, HEAD, *three, wait, using(7, tokens), *STOP)
         with serve(play(*steps)) as server:
             err = cli(*to(server), "--usage", "hi")[2]
         speed = re.search(r"([\d.]+) tokens/s\n\Z", err)
