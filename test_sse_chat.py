@@ -1607,6 +1607,7 @@ TAGS = st.sampled_from(TAGS)
 @examples(3)
 @given(cuttings(st.lists(TAGS).map("".join)), st.sampled_from(["", " \n<think>"]))
 @example(["<THINK> <think>a"], "")
+@example(["<thinking>a</think>b"], "")
 @example(["<think></ </</think>b", "\n<thi"], "")
 @example(["<think>a</thi"], "")
 def test_thinking_is_split_off_however_texts_are_cut(pieces, begin):
@@ -2247,6 +2248,7 @@ async def test_models_lists_the_names(chat, waits):
     assert len(waits) == 1
     for head in server.heads:
         assert re.match(r"GET /v1/models\?v=1 HTTP(?s:.*)Bearer sk-a\r\n", head)
+        assert re.search("(?im)^accept: application/json\r$", head)
 
 
 # ---- a status from 400 up: `APIStatusError`; 408, 409, 429, 5xx and failed connections
@@ -4740,6 +4742,10 @@ def test_done_may_have_space_around_it_or_no_framing(done):
     assert (answer.error, answer.text) == (None, "Hello")
     ended = chunks_in(*HELLO[:3], done)
     assert (ended.error, len(ended.chunks)) == (None, 3)
+
+
+def test_half_of_done_ends_no_answer():
+    assert type(chunks_in(*BEGUN, b"data: [DONE\n\n").error) is Invalid
 
 
 def test_lines_of_json_in_one_event_are_a_chunk_each():
