@@ -3407,6 +3407,7 @@ MESSAGES = {  # what a server sent, and what tells most in it
     "a page in JSON": ({"error": {"message": page(TITLE)}}, TITLE),
     "a page": (page(TITLE), TITLE),
     "a page with a long title": (page("x" * 300), re.compile("x{100,199}.{0,3}")),
+    "blanks": ({"error": {"message": " "}}, "(no message)"),
     "no UTF-8": ("\udcff oh", "\ufffd oh"),
     "a page as long as can be": ("<p>" + "x" * 200, "x" * 200),
     "a longer page": ("<p>" + "x" * 201, "x" * 198 + " …"),
@@ -7358,6 +7359,8 @@ PACKED = {  # a Content-Encoding, the body of HELLO in it
     "raw deflate": ("deflate", raw_deflate(HELLO_BYTES)),
     "raw deflate with zlib's method": ("deflate", METHOD_ALONE),
     "raw deflate with zlib's check": ("deflate", CHECK_ALONE),
+    "x-gzip": ("x-gzip", gzip.compress(HELLO_BYTES)),
+    "identity": ("identity", HELLO_BYTES),
     "zeros between members": ("gzip", members(*BEGUN) + bytes(9) + members(*ENDING)),
     "zeros at the end": ("gzip", members(*BEGUN, STOPPED) + bytes(9)),
 }
