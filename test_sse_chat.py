@@ -6696,6 +6696,27 @@ async def test_the_request_is_that_of_the_call(chat):
     assert values == [*"112233"]
 
 
+def test_a_dropped_stream_is_closed_in_a_thread_that_ends_with_the_program():
+    """Since it may be dropped where this thread holds a lock of its connections."""
+
+    class Body(httpx.SyncByteStream):
+        def __iter__(self):
+            yield from HELLO
+
+        def close(self):
+            closers.append(threading.current_thread())
+            is_closed.set()
+
+    closers, is_closed = [], threading.Event()
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Body()))
+    with httpx.Client(transport=transport) as own:
+        stream = sse_chat.stream_chat("hi", base_url=AT, client=own)
+        assert next(stream).text == "Hel"
+        del stream
+        assert is_closed.wait(PATIENCE)
+    assert closers[0] is not threading.current_thread() and closers[0].daemon
+
+
 @pytest.mark.life
 @pytest.mark.filterwarnings("ignore:.*:ResourceWarning")  # of the loop that is gone
 def test_a_client_outlives_its_event_loop(anyio_backend):
@@ -10704,10 +10725,11 @@ def test_the_demo_shows_its_tokens_one_after_the_other(cli):
 
 
 def test_the_demo_server_is_gone_at_once():
-    took = []
+    took, others = [], {*threading.enumerate()}
     for _ in range(3):
         with sse_chat.demo_server():
             began = time.monotonic()
+            assert all(thread.daemon for thread in {*threading.enumerate()} - others)
         took.append(time.monotonic() - began)
     assert min(took) < 0.3
 
