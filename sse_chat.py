@@ -299,7 +299,7 @@ class SSEDecoder:
     def decode(self, line: str) -> ServerSentEvent | None:
         """Process a line without its end; return the event if it completes one."""
         events = self._interpret([line.encode("utf-8", "surrogatepass")])
-        self._check_overflow(events)
+        self._check_overflow()
         return events[0] if events else None
 
     def _check_overflow(self, events: Sequence[ServerSentEvent] = ()) -> None:
@@ -1582,7 +1582,7 @@ def _merge(target: Json, addition: Json, depth: int = 1) -> None:
                 _merge(new, value, depth + 1)  # before it is kept: it may be too deep
                 target[name] = new
         else:
-            target[name] = _clean_copy(value, depth)
+            target[name] = _clean_copy(value)
 
 
 class _GrowingList(list[Any]):
@@ -1662,7 +1662,7 @@ class _ToolCallBuilder:
         self.name = bytearray()
         # The arguments of a function, or the input of a custom tool.
         self.text = bytearray()
-        self._kind = ""  # "function" or "custom"
+        self._is_custom = False
         self._last_start = 0  # where the last piece of the text begins
         self._is_cumulative = True  # each piece begins with the one before it
         # Each check parses the whole text: a limit keeps the total linear.
@@ -1680,15 +1680,13 @@ class _ToolCallBuilder:
                 self.name += name_bytes
         if text:
             self._add_text(_to_bytes(text))
-        if piece.function is not None:
-            self._kind = self._kind or "function"
-            if piece.function.extra is not None:
-                _merge(self.json, {"function": piece.function.extra})
+        if piece.function is not None and piece.function.extra is not None:
+            _merge(self.json, {"function": piece.function.extra})
         if piece.extra is not None:
             extra = dict(piece.extra)
             custom = extra.pop("custom", None)
             if isinstance(custom, dict):
-                self._kind = "custom"
+                self._is_custom = True
                 read = ("name", "input")
                 extra["custom"] = {k: v for k, v in custom.items() if k not in read}
             _merge(self.json, extra)
@@ -1732,7 +1730,7 @@ class _ToolCallBuilder:
     def to_dict(self, mend: bool) -> Json:
         """Return the call; with `mend`, arguments that are not an object are mended."""
         call: Json = _clean_copy(self.json)
-        if self._kind == "custom":
+        if self._is_custom:
             kind, texts = "custom", {"input": self.text, "name": self.name}
         else:
             arguments = self._mended_arguments() if mend else self.text
@@ -1900,7 +1898,7 @@ class _ChoiceBuilder:
             rest = _message_text(message)[length:]
             if not rest:  # a repetition is no output that could be cut off
                 self.finish_reason = reason
-            choice.delta = ChoiceDelta(rest.decode("utf-8", "surrogatepass") or None)
+            choice.delta = ChoiceDelta(rest.decode() or None)
         else:
             self._has_message_deltas = True
             self._add_delta(choice.delta)
@@ -2123,8 +2121,7 @@ def split_thinking(texts: Iterable[str]) -> Iterator[tuple[bool, str]]:
         thought, end_tag, rest = (held + text).partition("</think>")
         held = ""
         start_of_tag = thought.rfind("<")
-        may_be_tag = start_of_tag >= 0 and not end_tag
-        if may_be_tag and "</think>".startswith(thought[start_of_tag:]):
+        if start_of_tag >= 0 and "</think>".startswith(thought[start_of_tag:]):
             thought, held = thought[:start_of_tag], thought[start_of_tag:]
         if thought:
             yield True, thought
@@ -2325,7 +2322,7 @@ def _escaped_pattern(secret: str) -> re.Pattern[str]:
 
 def _code(character: str) -> str:
     """Return a pattern of a character's code, which has two parts beyond U+FFFF."""
-    codes = re.findall("....", character.encode("utf-16-be", "surrogatepass").hex())
+    codes = re.findall("....", character.encode("utf-16-be").hex())
     return r"\\{1,3}u".join(f"(?i:{code})" for code in codes)
 
 
@@ -3011,7 +3008,7 @@ def _chat_request(
     text = json.dumps(body, default=_message_to_json, allow_nan=False)
     request.content = text.encode()
     # What is no number is left to the server to refuse.
-    with suppress(TypeError, ValueError, OverflowError):
+    with suppress(TypeError, ValueError):
         request.expected.n_choices = max(1, int(body.get("n", 1)))
     return request
 
@@ -3144,9 +3141,10 @@ class _Body:
         self.held = bytearray()  # the whole body, unless it is a stream
 
     def feed(self, data: bytes) -> bytes:
-        """Return the bytes of an event stream, and hold back any others."""
-        if self.kind == "stream":
-            return data
+        """Hold the bytes back; return them all once they are known as an event stream.
+
+        What follows of a stream goes past it.
+        """
         self.held += data
         if len(self.start) < 8:
             self.start = (self.start + data).lstrip(_BLANK)[:8]
@@ -3543,7 +3541,7 @@ class _AnswerReader(_Reader):
     def _read_data(self, data: str) -> Iterable[ChatCompletionChunk]:
         payload, problem = _parse_json(data)
         if not problem:
-            if not payload and (payload is None or payload == {}):
+            if payload is None or payload == {}:
                 return ()  # sent by gateways to keep the connection alive
             return (self._read_payload(payload, data),)
         text = data.strip()
@@ -4535,8 +4533,7 @@ class _Reconnection:
 
 def _same_origin(request: Request, other: Request) -> bool:
     def origin(url: Any) -> tuple[Any, ...]:
-        default = {"http": 80, "https": 443}.get(url.scheme)
-        return url.scheme, url.host, url.port or default
+        return url.scheme, url.host, url.port  # None where it is the scheme's own
 
     return origin(request.url) == origin(other.url)
 
@@ -5582,7 +5579,7 @@ def _shell_text(text: str, name: str = "") -> str:
     if text == f"Bearer {os.environ.get('OPENAI_API_KEY', '').strip()}":
         return "Bearer $OPENAI_API_KEY"
     if _Secrets.is_secret_name(name):
-        variable = re.sub(r"\W|^(?=\d)", "_", name.upper(), flags=re.ASCII)
+        variable = re.sub(r"\W|^(?=\d)", "_", name.upper())
         return f"${{{variable}}}"
     return re.sub(r'([$`"\\])', r"\\\1", text)
 
@@ -5697,7 +5694,7 @@ class _Program:
 
         transport = httpx.MockTransport(refuse)
         with (
-            httpx.Client(transport=transport, trust_env=False) as catcher,
+            httpx.Client(transport=transport) as catcher,
             ChatClient(
                 base_url=self.args.base_url, api_key=self.args.api_key, client=catcher
             ) as self.client,
