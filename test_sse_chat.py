@@ -8391,6 +8391,7 @@ REFUSED = [  # options, the error, and what it says
         for id in ("a\nb", "a\r", "\0", "\ud83d")
     ),
     *(({"last_event_id": id}, TypeError, "last_event_id") for id in (7, b"7")),
+    ({"bogus": 1}, TypeError, "^unexpected keyword bogus$"),
     ({"on_error": "print"}, TypeError, "on_error"),
     ({"on_error": call}, TypeError, "on_error.*async"),
     ({"method": "GET /"}, ValueError, "method"),
