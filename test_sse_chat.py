@@ -2717,6 +2717,8 @@ def judged(body):
             if number > ended:
                 continue
             return text, Invalid
+        if not isinstance(payload, dict):
+            return text, Invalid
         choices = payload.get("choices") or []
         choices = choices if isinstance(choices, list) else []
         for place, choice in enumerate(c for c in choices if isinstance(c, dict)):
@@ -2752,6 +2754,8 @@ def damaged_streams(draw):
 
 @examples(2)
 @given(cuttings(damaged_streams()))
+@example([*BEGUN, b'data: "DON"\n\n', STOPPED])
+@example([*BEGUN, b'data: "DON"'])
 def test_any_stream_of_choices_ends_as_the_table_says(pieces):
     """However it is cut into pieces, too."""
     stream = b"".join(pieces)
