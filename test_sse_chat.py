@@ -2226,6 +2226,12 @@ SERVERS |= {
 }  # fmt: skip
 
 
+def test_200_characters_of_a_line_that_is_no_field_are_shown():
+    error = chunks_in(PING, "ä".encode() * 300).error
+    assert type(error) is Invalid
+    assert str(error).endswith(f"{'ä' * 200}'")
+
+
 def test_json_with_a_mistake_is_shown_with_it():
     error = chunks_in(JSON.replace(b"0", b"oops")).error
     assert type(error) is Invalid
@@ -9304,7 +9310,13 @@ RUNS = [
     ("hi -o model=x", HI, 2, "", "model: write -m NAME"),
     ("hi -o stream=false", HI, 2, "", "stream: write --no-stream"),
     ("hi -o system=x", HI, 2, "", "system: write -s TEXT"),
-    ("hi -o headers=1", HI, 2, "", "headers wants an object of texts"),
+    (
+        "hi -o headers=1",
+        HI,
+        2,
+        "",
+        r"headers wants an object of texts: '{\"x\": \"y\"}'$",
+    ),
     ('hi -o headers={"x":1}', HI, 2, "", "headers wants an object of texts"),
     ("hi -o timeout=0", HI, 2, "", r"\Asse_chat: timeout: .*0 seconds"),
     ("hi -o extra_body=1", HI, 2, "", "extra_body: expected a dict"),
