@@ -3354,7 +3354,10 @@ NO_ERROR = [
     *({"error_code": code, "text": "t"} for code in NO_CODES),
     *({"base_resp": {"status_code": code, "status_msg": "m"}} for code in NO_CODES),
     *({name: none} for name in ("errors", "detail") for none in (None, [], "")),
-    *({name: "m"} for name in ("message", "msg", "status", "type", "event")),
+    *(
+        {name: "m"}
+        for name in ("message", "msg", "status", "type", "event", "erroneous")
+    ),
     {"success": True, "status": "in_progress", "message": "m"},
     {"status": 200, "message": "m"},
 ]
