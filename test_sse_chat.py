@@ -10086,7 +10086,7 @@ class Terminal:
         self.master = master
         self.output = b""
         self.at = 0  # where the next `expect` begins to look
-        self.deadline = time.monotonic() + 3 * PATIENCE
+        self.deadline = time.monotonic() + 2 * PATIENCE  # before that of the test
 
     def read(self) -> bool:
         """Take what is shown; tell whether there may be more."""
