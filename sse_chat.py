@@ -2322,7 +2322,7 @@ def _escaped_pattern(secret: str) -> re.Pattern[str]:
 
 def _code(character: str) -> str:
     """Return a pattern of a character's code, which has two parts beyond U+FFFF."""
-    codes = re.findall("....", character.encode("utf-16-be").hex())
+    codes = re.findall("....", character.encode("utf-16-be", "surrogatepass").hex())
     return r"\\{1,3}u".join(f"(?i:{code})" for code in codes)
 
 
@@ -4533,7 +4533,9 @@ class _Reconnection:
 
 def _same_origin(request: Request, other: Request) -> bool:
     def origin(url: Any) -> tuple[Any, ...]:
-        return url.scheme, url.host, url.port  # None where it is the scheme's own
+        # httpx leaves the scheme's own port out, but not after HTTP in capitals.
+        default = {"http": 80, "https": 443}.get(url.scheme)
+        return url.scheme, url.host, url.port or default
 
     return origin(request.url) == origin(other.url)
 

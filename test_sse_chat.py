@@ -7161,6 +7161,12 @@ def test_what_has_eight_characters_is_a_secret():
     assert "abcdefgh" not in str(error)
 
 
+async def test_half_a_character_in_a_secret_is_an_error_of_ours(chat):
+    error = (await ask_mock(chat, None, base_url=f"{AT}?key=\ud83dabcdefg")).error
+    assert isinstance(error, APIError)
+    assert "abcdefg" not in str(error)
+
+
 BAD_URLS = [
     "http://user:{}@[::1",
     "http://user:{}@h:x/v1",
@@ -8372,6 +8378,21 @@ async def test_redirects_at_one_origin_are_followed(chat, delays, status):
         paths = [head.split()[1] for head in server.heads]
         assert paths == ["/v1", "/v1/there"] * 3
         assert {head.count("hush") for head in server.heads} == {len(secrets)}
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTP"])
+async def test_the_port_of_the_scheme_is_the_same_origin(chat, scheme):
+    def answer(request):
+        tokens.append(request.headers.get("x-auth-token"))
+        if request.url.path == "/":
+            return httpx.Response(302, headers={"location": f"{scheme}://h:80/there"})
+        return httpx.Response(204)
+
+    tokens, headers = [], {"X-Auth-Token": "hush"}
+    async with own_client(chat, transport=httpx.MockTransport(answer)) as own:
+        source = listening(chat, "http://h/", client=own, headers=headers)
+        assert [event async for event in source] == []
+    assert tokens == ["hush", "hush"]
 
 
 async def test_a_body_is_redirected_too(chat, delays):
